@@ -1,0 +1,1 @@
+"""The common floor of rollfleet: what travels, the streams, staleness arithmetic, the task runner."""

@@ -1,0 +1,217 @@
+"""Every error of rollfleet, one tree, each named by the boundary that was crossed.
+
+    RollfleetError
+    ├── SettingsError (ValueError)          a setting is unknown, malformed or must deadlock
+    ├── WireError
+    │   ├── CodecError                      bytes that are no message of ours
+    │   ├── SchemaError                     a message of a schema version we do not speak
+    │   └── OversizeError                   a message over the size cap, named by field
+    ├── InvalidPromptError (ValueError)     a prompt that cannot travel, refused at submit
+    ├── InvalidSampleError (ValueError)     a training sample whose parts disagree
+    ├── RunnerError
+    │   ├── TaskQueueFullError              the task runner's input queue is full
+    │   ├── RunnerStoppedError              the task runner is not running
+    │   └── RunnerTimeoutError (TimeoutError)   fewer results than asked for, all of them kept
+    ├── BrokerError
+    │   ├── BrokerUnavailableError          Redis cannot be reached (transient: retried)
+    │   └── BrokerSetupError                Redis refuses us or is set up so that it may lose data
+    ├── SupersededError                     another trainer has opened this run
+    ├── StarvedError (TimeoutError)         no batch came in the time allowed, with the reason
+    ├── EpisodeError                        an episode failed; `kind` says whose fault it was
+    │   ├── InfraError                      server, network or worker: try elsewhere
+    │   │   ├── EngineUnavailableError      an inference server cannot be reached or is failing
+    │   │   └── EngineProtocolError         an inference server answered something unusable
+    │   ├── DataError                       the prompt or the user's code
+    │   │   ├── EngineRefusedError          an inference server refused the request itself
+    │   │   └── RewardError                 the reward function raised or returned no number
+    │   ├── EpisodeTimeoutError (TimeoutError)  the episode or its reward outlived its deadline
+    │   └── EpisodeCancelledError           cancelled by the fleet: surplus, stale, or stolen lease
+    └── RefitError                          an inference server did not take new weights
+
+User code raises plain errors; :func:`boundary` is the one place that names them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+__all__ = [
+    "BrokerError",
+    "BrokerSetupError",
+    "BrokerUnavailableError",
+    "CodecError",
+    "DataError",
+    "EngineProtocolError",
+    "EngineRefusedError",
+    "EngineUnavailableError",
+    "EpisodeCancelledError",
+    "EpisodeError",
+    "EpisodeTimeoutError",
+    "FailureKind",
+    "InfraError",
+    "InvalidPromptError",
+    "InvalidSampleError",
+    "OversizeError",
+    "RefitError",
+    "RewardError",
+    "RollfleetError",
+    "RunnerError",
+    "RunnerStoppedError",
+    "RunnerTimeoutError",
+    "SchemaError",
+    "SettingsError",
+    "StarvedError",
+    "SupersededError",
+    "TaskQueueFullError",
+    "WireError",
+    "boundary",
+]
+
+
+class FailureKind(StrEnum):
+    """Whose fault a failed episode was: each kind has a retry budget of its own."""
+
+    INFRA = "infra"
+    DATA = "data"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    POISON = "poison"
+
+
+class RollfleetError(Exception):
+    """The root of every error that rollfleet raises on purpose."""
+
+
+class SettingsError(RollfleetError, ValueError):
+    """A setting is unknown, malformed, or would make the run wait for itself."""
+
+
+class WireError(RollfleetError):
+    """Bytes that cannot travel, or that travelled and cannot be read."""
+
+
+class CodecError(WireError):
+    """Bytes that are no message of ours."""
+
+
+class SchemaError(WireError):
+    """A message of a schema version that this release does not speak."""
+
+
+class OversizeError(WireError):
+    """A message over the size cap."""
+
+
+class InvalidPromptError(RollfleetError, ValueError):
+    """A prompt that cannot be sent: the message names the field."""
+
+
+class InvalidSampleError(RollfleetError, ValueError):
+    """A training sample whose parts disagree: lengths, versions, mask or logprobs."""
+
+
+class RunnerError(RollfleetError, RuntimeError):
+    """The task runner cannot do what was asked."""
+
+
+class TaskQueueFullError(RunnerError):
+    """The runner's input queue is full; nothing of the call was taken."""
+
+
+class RunnerStoppedError(RunnerError):
+    """The runner is not running: never started, stopped, or its loop ended."""
+
+
+class RunnerTimeoutError(RunnerError, TimeoutError):
+    """Fewer results than asked for came in time; those that came are kept for the next wait."""
+
+
+class BrokerError(RollfleetError):
+    """Redis did not do its part."""
+
+
+class BrokerUnavailableError(BrokerError, ConnectionError):
+    """Redis cannot be reached, is loading, out of memory or read-only: worth another try."""
+
+
+class BrokerSetupError(BrokerError):
+    """Redis refuses us (password, rights) or is set up in a way that may lose data."""
+
+
+class SupersededError(RollfleetError):
+    """Another trainer has opened this run; this one can do no more harm, and no more work."""
+
+
+class StarvedError(RollfleetError, TimeoutError):
+    """No batch came in the time allowed; the message says what the fleet was waiting for."""
+
+
+class EpisodeError(RollfleetError):
+    """An episode failed; `kind` says whose fault it was and picks the retry budget."""
+
+    kind = FailureKind.DATA
+
+
+class InfraError(EpisodeError):
+    """Server, network or worker failed: the same prompt may succeed elsewhere."""
+
+    kind = FailureKind.INFRA
+
+
+class EngineUnavailableError(InfraError):
+    """An inference server cannot be reached, timed out or answers 5xx / 429."""
+
+
+class EngineProtocolError(InfraError):
+    """An inference server answered something that is no usable generation."""
+
+
+class DataError(EpisodeError):
+    """The prompt or the user's own code failed: it will most likely fail again."""
+
+    kind = FailureKind.DATA
+
+
+class EngineRefusedError(DataError):
+    """An inference server refused the request itself (4xx): too long, malformed, unknown model."""
+
+
+class RewardError(DataError):
+    """The reward function raised, crashed its process, or returned no finite number."""
+
+
+class EpisodeTimeoutError(EpisodeError, TimeoutError):
+    """The episode, or its reward, outlived its deadline: a failure, never a zero reward."""
+
+    kind = FailureKind.TIMEOUT
+
+
+class EpisodeCancelledError(EpisodeError):
+    """The fleet no longer wants this episode: surplus, hopelessly stale, or the lease was lost."""
+
+    kind = FailureKind.CANCELLED
+
+
+class RefitError(RollfleetError):
+    """An inference server did not take new weights, or reports another version than it was given."""
+
+
+@contextmanager
+def boundary(error: type[EpisodeError], what: str) -> Iterator[None]:
+    """Name whatever plain exception crosses here `error`, and leave our own errors as they are.
+
+    Args:
+        error: The class that says whose side of the boundary failed.
+        what: What was being done, for the message: ``"workflow math.Sort on group 3f2a #4"``.
+
+    Raises:
+        EpisodeError: `error`, caused by the plain exception. Cancellation passes untouched.
+    """
+    try:
+        yield
+    except RollfleetError:
+        raise
+    except TimeoutError as exc:
+        raise EpisodeTimeoutError(f"{what}: timed out ({exc or type(exc).__name__})") from exc
+    except Exception as exc:
+        raise error(f"{what}: {type(exc).__name__}: {exc}") from exc

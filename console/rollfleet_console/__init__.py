@@ -1,0 +1,1 @@
+"""The `rollfleet` command: worker, status, demo."""

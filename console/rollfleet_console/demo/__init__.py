@@ -1,0 +1,1 @@
+"""The main job: a small transformer learns a verifiable task through the whole fleet."""

@@ -1,0 +1,1 @@
+"""rollfleet: what a trainer imports."""

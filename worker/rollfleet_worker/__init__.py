@@ -1,0 +1,4 @@
+"""The worker: a stateless daemon that claims prompts, runs episodes and delivers rollouts.
+
+Never imports torch.
+"""

@@ -1,0 +1,1 @@
+"""Rewards: user functions run outside the event loop, in processes that can be killed."""

@@ -1,0 +1,1 @@
+"""Workflows: what an episode does with a prompt."""
