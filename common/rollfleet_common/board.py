@@ -1,0 +1,153 @@
+"""The board of a run: which version the policy is at, and which trainer holds the run.
+
+- Versions come in by one door: :meth:`Board.publish`. Workers follow by a blocking read with a
+  poll behind it, never by pub/sub alone, which forgets whoever was away.
+- One trainer at a time: its lease is a key with a TTL, its token is checked by every step that
+  steers. A trainer that was frozen past its lease learns that it was superseded, and can do no harm.
+- A pause always expires.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollfleet_common.errors import SupersededError
+from rollfleet_common.keys import RunKeys
+from rollfleet_common.messages import NO_VERSION, PolicyVersion
+from rollfleet_common.scripts import load
+
+__all__ = ["Board", "Seized", "Shape"]
+
+_SEIZE, _HOLD, _RELEASE, _PUBLISH, _PLAN = map(
+    load, ("seize", "hold", "release", "publish", "plan")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a trainer decided when it opened the run, and workers and status need to know."""
+
+    partitions: int
+    samples_per_version: int
+    max_staleness: int
+    pipeline_depth: int
+
+    def dumps(self) -> str:
+        """As it stands on the board."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def loads(cls, text: str) -> "Shape":
+        """The inverse of :meth:`dumps`; unknown fields of a newer release are ignored."""
+        raw = json.loads(text)
+        return cls(**{name: int(raw[name]) for name in cls.__slots__})
+
+
+@dataclass(frozen=True, slots=True)
+class Seized:
+    """The outcome of asking for a run."""
+
+    ok: bool
+    epoch: int = 0
+    version: int = NO_VERSION
+    #: If refused: who holds it and for how long its lease still runs.
+    holder: str = ""
+    left_ms: int = 0
+
+
+class Board:
+    """The board of one run."""
+
+    def __init__(self, client: Any, keys: RunKeys) -> None:
+        self.client = client
+        self.keys = keys
+
+    # ---- the trainer -------------------------------------------------------------------------
+
+    async def seize(
+        self, token: str, lease_ms: int, who: str, shape: Shape, *, version: int, take_over: bool
+    ) -> Seized:
+        """Ask for the run, in a new epoch, at `version` (NO_VERSION: wherever the board is)."""
+        k = self.keys
+        args = [token, lease_ms, who, int(take_over), version, shape.dumps()]
+        reply = await _SEIZE(self.client, [k.trainer, k.board, k.news], args)
+        if reply[0] == 0:
+            return Seized(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))
+        return Seized(ok=True, epoch=int(reply[1]), version=int(reply[2]))
+
+    async def hold(self, token: str, lease_ms: int) -> None:
+        """Renew the trainer's lease.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        k = self.keys
+        self._held(await _HOLD(self.client, [k.trainer, k.board], [token, lease_ms]))
+
+    async def release(self, token: str) -> None:
+        """Let go of the run at once."""
+        await _RELEASE(self.client, [self.keys.trainer], [token])
+
+    async def publish(self, token: str, fields: Mapping[str, int | str]) -> None:
+        """Write `fields` (version, weights, paused_until_ms) and wake the followers.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        flat = [part for pair in fields.items() for part in pair]
+        k = self.keys
+        self._held(await _PUBLISH(self.client, [k.board, k.news], [token, *flat]))
+
+    async def plan(self, token: str, batch: int, plan: bytes | None) -> None:
+        """Write the plan of a batch (the commit point), or forget it.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        k = self.keys
+        self._held(await _PLAN(self.client, [k.board, k.batches], [token, batch, plan or b""]))
+
+    async def plans(self) -> dict[int, bytes]:
+        """The plans that stand, by batch number, in order."""
+        raw = await self.client.hgetall(self.keys.batches)
+        return dict(sorted((int(batch), plan) for batch, plan in raw.items()))
+
+    # ---- everyone ----------------------------------------------------------------------------
+
+    async def read(self) -> tuple[PolicyVersion, Shape] | None:
+        """The policy and the shape of the run; None before any trainer opened it."""
+        names = ["version", "epoch", "weights", "paused_until_ms", "shape"]
+        version, epoch, weights, paused, shape = await self.client.hmget(self.keys.board, names)
+        if shape is None:
+            return None
+        policy = PolicyVersion(
+            version=int(version),
+            epoch=int(epoch),
+            weights=(weights or b"").decode(),
+            paused_until_ms=int(paused or 0),
+        )
+        return policy, Shape.loads(shape.decode())
+
+    async def rollbacks(self) -> list[tuple[int, int]]:
+        """(epoch, version it began at) of every epoch, oldest first."""
+        raw = await self.client.hget(self.keys.board, "rollbacks") or b""
+        return [(int(e), int(v)) for e, _, v in (p.partition(":") for p in raw.decode().split())]
+
+    async def wait(self, reader: Any, last: str, block_ms: int) -> str:
+        """Wait for news after entry `last` ("$": from now on); returns the last entry seen."""
+        reply = await reader.xread({self.keys.news: last}, block=block_ms)
+        pairs: Sequence[Any] = list(reply.items() if isinstance(reply, dict) else reply or ())
+        for _, entries in pairs:
+            rows = entries[0] if entries and isinstance(entries[0], list) else entries
+            if rows:
+                last = rows[-1][0].decode()
+        return last
+
+    def _held(self, reply: Any) -> None:
+        if int(reply) == 0:
+            raise SupersededError(
+                f"run {self.keys.run!r} was opened by another trainer: this one may not write any "
+                "more. Two trainers on one run is a mistake unless the second took over on purpose; "
+                "give each its own run name"
+            )

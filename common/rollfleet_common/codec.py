@@ -1,0 +1,279 @@
+"""Messages to bytes and back: msgpack, arrays as raw little-endian bytes, never pickle.
+
+- The wire is written down field by field in docs/wire.md and held by golden bytes in the tests.
+- The first element of every message is its schema version; an unknown one is a
+  :class:`SchemaError`, anything else unreadable a :class:`CodecError`. No bytes do more than that:
+  msgpack bounds every length by the bytes it was given, and no message can name code.
+- Masks and versions are run-length encoded: a single-turn sample costs 8 bytes a token
+  (id + log-probability) and about a hundred bytes besides.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from rollfleet_common.errors import CodecError, InvalidPromptError, OversizeError, SchemaError
+from rollfleet_common.messages import Bool, Header, Int32, Kind, Prompt, Sample, VersionSpans
+
+__all__ = [
+    "SCHEMA",
+    "decode_header",
+    "decode_prompt",
+    "decode_samples",
+    "encode_header",
+    "encode_prompt",
+    "encode_samples",
+]
+
+#: Version of the wire; a reader refuses any other.
+SCHEMA = 1
+
+_PROMPT_TYPES = (str, int, bytes, dict, str, str, str, int, dict, int)
+_HEADER_TYPES = (
+    *(str, int, int, int, str, str, str, int, str, str, int, int, int, int, int, int, int),
+    *(float, str, str, int, int, int),
+)
+#: dtypes that named extra arrays may have, as numpy spells them.
+_ARRAY_DTYPES = frozenset(
+    ["|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8"]
+)
+_MAX_DIMS = 8
+
+_I4 = np.dtype("<i4")
+_F4 = np.dtype("<f4")
+
+
+def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
+    """The part of a prompt that all members of its group share.
+
+    Raises:
+        InvalidPromptError: A field cannot be encoded; the message names it.
+        OversizeError: The result is over `max_bytes`; the message names the largest field.
+    """
+    fields = {
+        "group": prompt.group,
+        "n": prompt.n,
+        "token_ids": np.ascontiguousarray(prompt.token_ids, _I4).tobytes(),
+        "data": prompt.data,
+        "kind": prompt.kind.value,
+        "route": prompt.route,
+        "task": prompt.task,
+        "position": prompt.position,
+        "sampling": prompt.sampling,
+        "deadline_ms": prompt.deadline_ms,
+    }
+    try:
+        packed = cast(bytes, msgpack.packb([SCHEMA, *fields.values()]))
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise InvalidPromptError(
+            f"prompt of group {prompt.group!r}: {_culprit(fields)}: {exc}; prompts carry only what "
+            "msgpack knows: None, bool, int, float, str, bytes, lists and maps of these"
+        ) from exc
+    if len(packed) > max_bytes:
+        name, size = max(
+            ((k, len(msgpack.packb(v))) for k, v in fields.items()), key=lambda x: x[1]
+        )
+        raise OversizeError(
+            f"prompt of group {prompt.group!r} is {len(packed):,} bytes, over the cap of "
+            f"{max_bytes:,} (max_prompt_bytes); its largest field is {name!r} with {size:,} bytes: "
+            "send a reference instead of the content"
+        )
+    return packed
+
+
+def _culprit(fields: Mapping[str, Any]) -> str:
+    """Name the field (and, in data and sampling, the key) that msgpack refuses."""
+    for name, value in fields.items():
+        for key, part in value.items() if isinstance(value, Mapping) else ((None, value),):
+            try:
+                msgpack.packb({key: part})
+            except (TypeError, ValueError, OverflowError, RecursionError):
+                where = name if key is None else f"{name}[{key!r}]"
+                return f"field {where} ({type(part).__name__}) cannot be encoded"
+    return "it cannot be encoded"
+
+
+def decode_prompt(packed: bytes) -> Prompt:
+    """The inverse of :func:`encode_prompt`.
+
+    Raises:
+        SchemaError: It is of another wire version.
+        CodecError: It is no prompt of ours.
+    """
+    f = _fields(packed, "prompt", _PROMPT_TYPES)
+    try:
+        return Prompt(
+            group=f[0],
+            n=f[1],
+            token_ids=_array(f[2], _I4, "token_ids"),
+            data=f[3],
+            kind=Kind(f[4]),
+            route=f[5],
+            task=f[6],
+            position=f[7],
+            sampling=f[8],
+            deadline_ms=f[9],
+        )
+    except ValueError as exc:
+        raise CodecError(f"prompt of group {f[0]!r}: {exc}") from exc
+
+
+def encode_header(header: Header) -> bytes:
+    """A rollout's header: a few hundred bytes."""
+    h = header
+    return cast(
+        bytes,
+        msgpack.packb(
+            (
+                *(SCHEMA, h.group, h.index, h.n, h.attempt, h.kind.value, h.route, h.task),
+                *(h.position, h.entry, h.payload, h.payload_bytes, h.epoch, h.min_version),
+                *(h.max_version, h.samples, h.tokens, h.trained_tokens, float(h.reward)),
+                *(h.worker, h.server, h.queue_ms, h.generate_ms, h.reward_ms),
+            )
+        ),
+    )
+
+
+def decode_header(packed: bytes) -> Header:
+    """The inverse of :func:`encode_header`.
+
+    Raises:
+        SchemaError: It is of another wire version.
+        CodecError: It is no header of ours.
+    """
+    f = _fields(packed, "header", _HEADER_TYPES)
+    try:
+        f[4] = Kind(f[4])
+        return Header(*f)
+    except ValueError as exc:
+        raise CodecError(f"header of group {f[0]!r}: {exc}") from exc
+
+
+def encode_samples(samples: Sequence[Sample]) -> bytes:
+    """The payload of a rollout: its training sequences."""
+    return cast(bytes, msgpack.packb([SCHEMA, [_pack_sample(sample) for sample in samples]]))
+
+
+def _pack_sample(s: Sample) -> dict[str, Any]:
+    packed: dict[str, Any] = {
+        "ids": np.ascontiguousarray(s.token_ids, _I4).tobytes(),
+        "lp": np.ascontiguousarray(s.logprobs, _F4).tobytes(),
+        "mask": mask_runs(s.loss_mask).tobytes(),
+        "vs": np.ascontiguousarray(s.versions.starts, _I4).tobytes(),
+        "vv": np.ascontiguousarray(s.versions.versions, _I4).tobytes(),
+        "r": float(s.reward),
+        "f": s.finish_reason,
+    }
+    if s.components:
+        packed["c"] = {str(k): float(v) for k, v in s.components.items()}
+    if s.metrics:
+        packed["m"] = {str(k): float(v) for k, v in s.metrics.items()}
+    if s.arrays:
+        packed["a"] = {str(k): _pack_array(v) for k, v in s.arrays.items()}
+    return packed
+
+
+def _pack_array(array: npt.NDArray[Any]) -> list[Any]:
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return [little.dtype.str, list(array.shape), little.tobytes()]
+
+
+def mask_runs(mask: Bool) -> Int32:
+    """Lengths of the runs of a mask, the first run being of False (and possibly empty)."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).astype(_I4)
+    if len(mask) and not mask[-1]:
+        edges = np.append(edges, np.int32(len(mask)))
+    return np.diff(edges, prepend=np.int32(0)).astype(_I4)
+
+
+def expand_mask(runs: Int32) -> Bool:
+    """The inverse of :func:`mask_runs`: bool[sum of runs]."""
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+
+
+def decode_samples(packed: bytes) -> tuple[Sample, ...]:
+    """The inverse of :func:`encode_samples`. Arrays are read-only views of `packed`.
+
+    Raises:
+        SchemaError: It is of another wire version.
+        CodecError: It is no payload of ours.
+    """
+    (samples,) = _fields(packed, "payload", (list,))
+    return tuple(_unpack_sample(sample, i) for i, sample in enumerate(samples))
+
+
+def _unpack_sample(raw: Any, i: int) -> Sample:
+    try:
+        ids = _array(raw["ids"], _I4, "ids")
+        runs = _array(raw["mask"], _I4, "mask")
+        return Sample(
+            token_ids=ids,
+            loss_mask=_mask(runs, len(ids)),
+            logprobs=_array(raw["lp"], _F4, "lp"),
+            versions=VersionSpans(_array(raw["vs"], _I4, "vs"), _array(raw["vv"], _I4, "vv")),
+            reward=float(raw["r"]),
+            components=_numbers(raw.get("c", {}), "c"),
+            arrays={str(k): _unpack_array(v, k) for k, v in raw.get("a", {}).items()},
+            metrics=_numbers(raw.get("m", {}), "m"),
+            finish_reason=str(raw["f"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, CodecError) as exc:
+        raise CodecError(f"payload, sample {i}: {type(exc).__name__}: {exc}") from exc
+
+
+def _mask(runs: Int32, tokens: int) -> Bool:
+    # The sum is taken in 64 bits, and before anything is allocated from it.
+    if (runs < 0).any() or int(runs.sum(dtype=np.int64)) != tokens:
+        raise CodecError(f"mask runs {runs[:8].tolist()} do not add up to {tokens} tokens")
+    return expand_mask(runs)
+
+
+def _numbers(raw: Any, what: str) -> dict[str, float]:
+    if not isinstance(raw, dict):
+        raise CodecError(f"{what} is a {type(raw).__name__}, not a map of numbers")
+    return {str(k): float(v) for k, v in raw.items()}
+
+
+def _unpack_array(raw: Any, name: Any) -> npt.NDArray[Any]:
+    dtype, shape, data = raw
+    if dtype not in _ARRAY_DTYPES:
+        raise CodecError(f"array {name!r} has dtype {dtype!r}, not one of {sorted(_ARRAY_DTYPES)}")
+    if len(shape) > _MAX_DIMS:
+        raise CodecError(f"array {name!r} has {len(shape)} dimensions, more than {_MAX_DIMS}")
+    return _array(data, np.dtype(dtype), f"array {name!r}").reshape([int(n) for n in shape])
+
+
+def _array(data: Any, dtype: "np.dtype[Any]", what: str) -> npt.NDArray[Any]:
+    if not isinstance(data, bytes):
+        raise CodecError(f"{what} is a {type(data).__name__}, not bytes")
+    if len(data) % dtype.itemsize:
+        raise CodecError(f"{what} has {len(data)} bytes, no multiple of {dtype.itemsize}")
+    return np.frombuffer(data, dtype)
+
+
+def _fields(packed: bytes, what: str, types: tuple[type, ...]) -> list[Any]:
+    """The fields of a message after its schema version, their number and types checked."""
+    try:
+        raw = msgpack.unpackb(packed, strict_map_key=False)
+    except Exception as exc:
+        raise CodecError(f"{what} of {len(packed)} bytes is not msgpack: {exc}") from exc
+    if type(raw) is not list or not raw or type(raw[0]) is not int:
+        raise CodecError(f"{what} of {len(packed)} bytes is no message of rollfleet")
+    if raw[0] != SCHEMA:
+        raise SchemaError(
+            f"{what} is of wire version {raw[0]}, this release speaks {SCHEMA}: "
+            "run one release of rollfleet on both sides"
+        )
+    del raw[0]
+    if len(raw) != len(types):
+        raise CodecError(f"{what} has {len(raw)} fields, not {len(types)}")
+    for at, (value, kind) in enumerate(zip(raw, types, strict=True)):
+        if type(value) is not kind:
+            if kind is float and type(value) is int:
+                raw[at] = float(value)
+                continue
+            raise CodecError(f"{what}, field {at}: a {type(value).__name__}, not a {kind.__name__}")
+    return raw

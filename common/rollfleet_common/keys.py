@@ -1,0 +1,154 @@
+"""Every Redis name of a run, in one place. Imports nothing of ours but the error tree.
+
+- One hash tag per partition, ``{run/p}``: every atomic step touches one partition, so a run can be
+  spread over a Redis Cluster. Run-level names carry the tag ``{run}``.
+- A group lives in one partition, chosen by :func:`partition_of` from its name.
+"""
+
+import re
+import zlib
+from dataclasses import dataclass
+
+from rollfleet_common.errors import SettingsError
+
+__all__ = ["PartitionKeys", "RunKeys", "check_name", "partition_of"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
+
+
+def check_name(name: str, what: str) -> str:
+    """`name` itself, if it may be part of a key.
+
+    Raises:
+        SettingsError: It is empty, over 64 characters, or has characters outside ``A-Za-z0-9_.-``.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{what} {name!r} cannot be part of a Redis key: use 1 to 64 letters, digits, '_', '.' "
+            "or '-', and begin with a letter or digit"
+        )
+    return name
+
+
+def partition_of(group: str, partitions: int) -> int:
+    """The partition in which `group` lives: crc32 of its name, so that any language can agree."""
+    return zlib.crc32(group.encode()) % partitions if partitions > 1 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionKeys:
+    """The names of one partition of a run."""
+
+    run: str
+    partition: int
+
+    @property
+    def prefix(self) -> str:
+        """What every name begins with: ``rf:{run/p}:``."""
+        return f"rf:{{{self.run}/{self.partition}}}:"
+
+    def prompts(self, route: str) -> str:
+        """Stream of prompts waiting for or leased to workers that serve `route`."""
+        return f"{self.prefix}prompts:{route}"
+
+    def delayed(self, route: str) -> str:
+        """Sorted set of prompts that wait for their next attempt, by due time in ms."""
+        return f"{self.prefix}delayed:{route}"
+
+    def parked(self, route: str) -> str:
+        """Hash of what the delayed prompts say."""
+        return f"{self.prefix}parked:{route}"
+
+    def group(self, group: str) -> str:
+        """Hash: where every member of a group is."""
+        return f"{self.prefix}group:{group}"
+
+    def payload(self, suffix: str) -> str:
+        """String: the training sequences of one rollout."""
+        return f"{self.prefix}payload:{suffix}"
+
+    @property
+    def rollouts(self) -> str:
+        """Stream of rollout headers for the trainer."""
+        return f"{self.prefix}rollouts"
+
+    @property
+    def tombstones(self) -> str:
+        """Stream of samples that will never come, for the trainer."""
+        return f"{self.prefix}tombstones"
+
+    @property
+    def trained(self) -> str:
+        """Set of rollout entries that were trained on and are not committed yet."""
+        return f"{self.prefix}trained"
+
+    @property
+    def dead(self) -> str:
+        """Stream of dead letters."""
+        return f"{self.prefix}dead"
+
+    @property
+    def ledger(self) -> str:
+        """Hash of counters, written by scripts only."""
+        return f"{self.prefix}ledger"
+
+    @property
+    def fence(self) -> str:
+        """Hash: trainer token, epoch, version and the oldest version that is still useful."""
+        return f"{self.prefix}fence"
+
+    @property
+    def routes(self) -> str:
+        """Set of the routes that prompts were ever submitted to."""
+        return f"{self.prefix}routes"
+
+    @property
+    def marks(self) -> str:
+        """Sorted set of submission ids by data set position, for idempotent feeding."""
+        return f"{self.prefix}marks"
+
+
+@dataclass(frozen=True, slots=True)
+class RunKeys:
+    """The names of a run that belong to no partition."""
+
+    run: str
+
+    def partition(self, partition: int) -> PartitionKeys:
+        """The names of one partition."""
+        return PartitionKeys(self.run, partition)
+
+    @property
+    def prefix(self) -> str:
+        """What every name begins with: ``rf:{run}:``."""
+        return f"rf:{{{self.run}}}:"
+
+    @property
+    def board(self) -> str:
+        """Hash: version, epoch, weights, pause, trainer token and the shape of the run."""
+        return f"{self.prefix}board"
+
+    @property
+    def news(self) -> str:
+        """Capped stream that wakes those who follow the board."""
+        return f"{self.prefix}news"
+
+    @property
+    def trainer(self) -> str:
+        """String with a TTL: the token of the trainer that holds the run."""
+        return f"{self.prefix}trainer"
+
+    @property
+    def workers(self) -> str:
+        """Hash of worker cards by worker id."""
+        return f"{self.prefix}workers"
+
+    @property
+    def servers(self) -> str:
+        """Hash of inference servers by URL."""
+        return f"{self.prefix}servers"
+
+    @property
+    def batches(self) -> str:
+        """Hash of the batch plans that are handed out or being committed, by batch number."""
+        return f"{self.prefix}batches"

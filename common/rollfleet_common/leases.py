@@ -1,0 +1,136 @@
+"""What a worker does with its leases besides delivering: renew, take over, fail, hand back.
+
+- The pending-entries list is the truth of what is in flight; nothing here keeps a counter of it.
+- Every step that gives a prompt away checks that the lease is still ours, in the same script.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollfleet_common.errors import FailureKind
+from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.messages import Claim
+from rollfleet_common.scripts import load
+from rollfleet_common.streams import Garbage, Streams
+
+__all__ = ["Failure", "Leases"]
+
+_RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE = map(
+    load, ("renew", "reclaim", "fail", "promote", "handback", "quarantine")
+)
+#: Leases renewed by one script call.
+RENEW_CHUNK = 1000
+#: Characters of an error message that a dead letter keeps.
+DETAIL = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt ended without a rollout."""
+
+    kind: FailureKind
+    detail: str
+    worker: str
+
+    def record(self, attempt: int) -> str:
+        """One line of JSON for the dead letter's history."""
+        return json.dumps(
+            {
+                "attempt": attempt,
+                "kind": self.kind.value,
+                "detail": self.detail[:DETAIL],
+                "worker": self.worker,
+                "at_ms": int(time.time() * 1000),
+            }
+        )
+
+
+class Leases:
+    """The leases of one worker in one partition."""
+
+    def __init__(self, client: Any, keys: PartitionKeys, worker: str) -> None:
+        self.client = client
+        self.keys = keys
+        self.worker = worker
+
+    async def renew(self, route: str, entries: Sequence[str]) -> list[str]:
+        """Renew all leases of a route; returns the entries that are no longer ours."""
+        lost: list[str] = []
+        stream = [self.keys.prompts(route)]
+        for at in range(0, len(entries), RENEW_CHUNK):
+            args = [self.worker, *entries[at : at + RENEW_CHUNK]]
+            lost += [entry.decode() for entry in await _RENEW(self.client, stream, args)]
+        return lost
+
+    async def reclaim(
+        self, streams: Streams, route: str, lease_ms: int, count: int
+    ) -> list[tuple[Claim | Garbage, int, str]]:
+        """Take over up to `count` leases that nobody renewed for `lease_ms`.
+
+        Returns:
+            (claim, deliveries so far, worker that held it) of each.
+        """
+        keys = [self.keys.prompts(route)]
+        rows = await _RECLAIM(self.client, keys, [self.worker, lease_ms, count])
+        taken: list[tuple[Claim | Garbage, int, str]] = []
+        for entry, deliveries, flat, owner in rows:
+            fields = dict(zip(flat[::2], flat[1::2], strict=True))
+            made = streams.read_claim(entry.decode(), fields)
+            taken.append((made, int(deliveries), owner.decode()))
+        return taken
+
+    async def fail(self, claim: Claim, failure: Failure, delay_ms: int | None) -> bool:
+        """End a lease in failure: park the prompt for `delay_ms`, or bury it if that is None.
+
+        Returns:
+            Whether the lease was still ours.
+        """
+        k, p = self.keys, claim.prompt
+        keys = [k.prompts(p.route), k.delayed(p.route), k.parked(p.route), k.dead, k.tombstones]
+        keys += [k.ledger, k.group(p.group)]
+        args = [self.worker, claim.entry, -1 if delay_ms is None else delay_ms]
+        args += [failure.record(claim.attempt), p.task, p.position, failure.kind.value]
+        return int(await _FAIL(self.client, keys, args)) > 0
+
+    async def bury(self, route: str, garbage: Garbage) -> None:
+        """Move an unreadable entry to the dead letters.
+
+        One that submit wrote (its group's record names it) is buried like any failed prompt, so
+        that its group closes; anything else is quarantined.
+        """
+        k, f = self.keys, garbage.fields
+        group = f.get(b"g", b"").decode("utf-8", "replace")
+        place = await self.client.hget(k.group(group), f.get(b"i", b"")) if group else None
+        if place != f"p{garbage.entry}".encode():
+            await quarantine(self.client, k, k.prompts(route), "workers", garbage)
+            return
+        failure = Failure(FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker)
+        keys = [k.prompts(route), k.delayed(route), k.parked(route), k.dead, k.tombstones]
+        keys += [k.ledger, k.group(group)]
+        args = [self.worker, garbage.entry, -1, failure.record(garbage.attempt), "?", -1]
+        await _FAIL(self.client, keys, [*args, failure.kind.value])
+
+    async def promote(self, route: str, count: int = 100) -> tuple[int, int]:
+        """Put due prompts back on the stream; returns (how many, ms until the next; -1: none)."""
+        k = self.keys
+        keys = [k.prompts(route), k.delayed(route), k.parked(route)]
+        promoted, wait_ms = await _PROMOTE(self.client, keys, [count, k.group("")])
+        return int(promoted), int(wait_ms)
+
+    async def hand_back(self, route: str, entries: Sequence[str]) -> int:
+        """Give leases back untouched, claimable at once; returns how many were still ours."""
+        back = 0
+        for at in range(0, len(entries), RENEW_CHUNK):
+            args = [self.worker, self.keys.group(""), *entries[at : at + RENEW_CHUNK]]
+            back += int(await _HANDBACK(self.client, [self.keys.prompts(route)], args))
+        return back
+
+
+async def quarantine(
+    client: Any, keys: PartitionKeys, stream: str, group: str, garbage: Garbage
+) -> None:
+    """Move an entry that nobody can read off `stream`, keeping its bytes as a dead letter."""
+    await _QUARANTINE(client, [stream, keys.dead, keys.ledger], [group, garbage.entry, garbage.why])

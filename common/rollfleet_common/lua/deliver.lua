@@ -1,0 +1,45 @@
+-- Publish rollouts and take their prompts off, each if and only if the lease is still ours.
+-- Lua does not roll back, so the order is: check, PERSIST, XADD, and only then XACK and XDEL: a
+-- refusal on the first write (out of memory) leaves the prompt pending.
+-- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones, then per item: prompts stream, group, payload
+-- ARGV 1 consumer, then per item:
+--      entry, index, kind, epoch, min_version, header, group, n, task, position
+-- Returns per item: 1 delivered, 0 gone (no lease: delivered before, or cancelled), -1 stolen,
+-- -2 the payload is not there (the prompt stays ours), -3 too stale to be useful (closed).
+local fence = redis.call('HMGET', KEYS[1], 'epoch', 'min_useful')
+local epoch, min_useful = fence[1], tonumber(fence[2] or '-1')
+local states = {}
+local key, arg = 5, 2
+while arg <= #ARGV do
+  local entry, index, kind = ARGV[arg], ARGV[arg + 1], ARGV[arg + 2]
+  local held = redis.call('XPENDING', KEYS[key], 'workers', entry, entry, 1)
+  local state
+  if #held == 0 then
+    state = 0
+  elseif held[1][2] ~= ARGV[1] then
+    state = -1
+  elseif kind == 'train' and ARGV[arg + 3] == epoch and tonumber(ARGV[arg + 4]) < min_useful then
+    redis.call('XADD', KEYS[4], '*', 'g', ARGV[arg + 6], 'i', index, 'n', ARGV[arg + 7], 'k', kind,
+      't', ARGV[arg + 8], 'p', ARGV[arg + 9], 'r', 'stale',
+      'e', 'oldest trained token of version ' .. ARGV[arg + 4] .. ', useful from ' .. min_useful)
+    redis.call('UNLINK', KEYS[key + 2])
+    redis.call('HINCRBY', KEYS[2], 'dropped:stale', 1)
+    redis.call('HINCRBY', KEYS[2], 'settled:train', 1)
+    if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'x') end
+    state = -3
+  elseif redis.call('PERSIST', KEYS[key + 2]) == 0 then
+    state = -2
+  else
+    local header = redis.call('XADD', KEYS[3], '*', 'h', ARGV[arg + 5])
+    if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'r' .. header) end
+    redis.call('HINCRBY', KEYS[2], 'delivered', 1)
+    state = 1
+  end
+  if state == 1 or state == -3 then
+    redis.call('XACK', KEYS[key], 'workers', entry)
+    redis.call('XDEL', KEYS[key], entry)
+  end
+  states[#states + 1] = state
+  key, arg = key + 3, arg + 10
+end
+return states

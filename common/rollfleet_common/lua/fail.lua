@@ -1,0 +1,41 @@
+-- A lease ended in failure: park the prompt for its next attempt, or bury it.
+-- KEYS 1 prompts stream  2 delayed  3 parked  4 dead  5 tombstones  6 ledger  7 group
+-- ARGV 1 consumer  2 entry  3 delay in ms (-1: no attempts left)  4 record of this failure (one
+--      line of JSON)  5 task  6 position  7 failure kind
+-- Returns 1 parked, 2 buried, 0 gone, -1 stolen.
+local held = redis.call('XPENDING', KEYS[1], 'workers', ARGV[2], ARGV[2], 1)
+if #held == 0 then return 0 end
+if held[1][2] ~= ARGV[1] then return -1 end
+local found = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
+if #found == 0 then
+  redis.call('XACK', KEYS[1], 'workers', ARGV[2])
+  return 0
+end
+local f = {}
+local fields = found[1][2]
+for i = 1, #fields, 2 do f[fields[i]] = fields[i + 1] end
+local history = (f.e and f.e .. '\n' or '') .. ARGV[4]
+local where
+if tonumber(ARGV[3]) >= 0 then
+  local now = redis.call('TIME')
+  local due = now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[3]
+  local member = f.g .. ':' .. f.i
+  local packed = ''
+  for _, v in ipairs({f.g, f.i, tostring(f.a + 1), f.k, f.n, f.d, history}) do packed = packed .. #v .. ':' .. v end
+  redis.call('HSET', KEYS[3], member, packed)
+  redis.call('ZADD', KEYS[2], due, member)
+  redis.call('HINCRBY', KEYS[6], 'retried:' .. ARGV[7], 1)
+  where = 'd'
+else
+  redis.call('XADD', KEYS[4], '*', 'g', f.g, 'i', f.i, 'a', f.a, 'k', f.k, 'n', f.n, 'd', f.d, 'e', history, 'why', ARGV[7])
+  redis.call('XADD', KEYS[5], '*', 'g', f.g, 'i', f.i, 'n', f.n, 'k', f.k, 't', ARGV[5], 'p', ARGV[6],
+    'r', 'dead', 'e', ARGV[4])
+  redis.call('HINCRBY', KEYS[6], 'dead', 1)
+  redis.call('HINCRBY', KEYS[6], 'dead:' .. ARGV[7], 1)
+  redis.call('HINCRBY', KEYS[6], 'settled:' .. f.k, 1)
+  where = 'x'
+end
+if redis.call('EXISTS', KEYS[7]) == 1 then redis.call('HSET', KEYS[7], f.i, where) end
+redis.call('XACK', KEYS[1], 'workers', ARGV[2])
+redis.call('XDEL', KEYS[1], ARGV[2])
+return where == 'd' and 1 or 2

@@ -1,0 +1,7 @@
+#!lua flags=allow-oom
+-- Write or forget the plan of a batch: THE commit point; partitions are rolled forward from it.
+-- KEYS 1 board  2 batches   ARGV 1 token  2 batch number  3 plan ('' forgets it)
+-- Returns 1, or 0 if the token is superseded.
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
+if ARGV[3] == '' then redis.call('HDEL', KEYS[2], ARGV[2]) else redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end
+return 1

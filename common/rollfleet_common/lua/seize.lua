@@ -1,0 +1,20 @@
+#!lua flags=allow-oom
+-- Take the run for a trainer, or keep it: its lease is a key with a TTL.
+-- KEYS 1 trainer  2 board  3 news
+-- ARGV 1 token  2 lease in ms  3 who (for people)  4 take over: 1 or 0
+--      5 version to resume at (-1: wherever the board is)  6 shape of the run (JSON)
+-- Returns {1, epoch, version} or {0, who holds it, ms left of its lease}.
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] and ARGV[4] ~= '1' then
+  return {0, redis.call('HGET', KEYS[2], 'who') or '?', redis.call('PTTL', KEYS[1])}
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
+local at = tonumber(redis.call('HGET', KEYS[2], 'version') or '-1')
+local version = tonumber(ARGV[5])
+if version < 0 then version = math.max(at, 0) end
+local rollbacks = redis.call('HGET', KEYS[2], 'rollbacks') or ''
+rollbacks = rollbacks .. (rollbacks == '' and '' or ' ') .. epoch .. ':' .. version
+redis.call('HSET', KEYS[2], 'token', ARGV[1], 'who', ARGV[3], 'version', version, 'shape', ARGV[6], 'rollbacks', rollbacks)
+redis.call('XADD', KEYS[3], 'MAXLEN', '64', '*', 'epoch', epoch, 'version', version)
+return {1, epoch, version}

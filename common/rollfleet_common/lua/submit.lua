@@ -1,0 +1,40 @@
+-- Put whole groups on the prompts stream: all samples of a group or none, each submission id once.
+-- KEYS 1 fence  2 ledger  3 marks  4 routes, then per group: prompts stream, group record
+-- ARGV 1 token  2 limit on outstanding training samples (-1: none), then per group:
+--      submission id, position, group, n, kind, route, body, deadline_ms
+-- Returns {state of each group: 1 submitted, 0 known already, -1 full; ..., outstanding}, or {-2}
+-- if the token is superseded.
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return {-2} end
+local limit = tonumber(ARGV[2])
+local counts = redis.call('HMGET', KEYS[2], 'submitted:train', 'settled:train')
+local outstanding = tonumber(counts[1] or '0') - tonumber(counts[2] or '0')
+-- Once one group does not fit, none after it may: a small group must not overtake a large one.
+local full = false
+local states = {}
+local key, arg = 5, 3
+while arg <= #ARGV do
+  local id, group, n, kind, route = ARGV[arg], ARGV[arg + 2], tonumber(ARGV[arg + 3]), ARGV[arg + 4], ARGV[arg + 5]
+  local state = 1
+  if redis.call('ZSCORE', KEYS[3], id) then
+    state = 0
+  elseif kind == 'train' and limit >= 0 and (full or outstanding + n > limit) then
+    full = true
+    state = -1
+  else
+    local record = {'HSET', KEYS[key + 1], 'n', n, 'kind', kind, 'route', route, 'deadline', ARGV[arg + 7]}
+    for i = 0, n - 1 do
+      local entry = redis.call('XADD', KEYS[key], '*', 'g', group, 'i', i, 'a', 1, 'k', kind, 'n', n, 'd', ARGV[arg + 6])
+      record[#record + 1] = i
+      record[#record + 1] = 'p' .. entry
+    end
+    redis.call(unpack(record))
+    redis.call('ZADD', KEYS[3], ARGV[arg + 1], id)
+    redis.call('SADD', KEYS[4], route)
+    redis.call('HINCRBY', KEYS[2], 'submitted:' .. kind, n)
+    if kind == 'train' then outstanding = outstanding + n end
+  end
+  states[#states + 1] = state
+  key, arg = key + 2, arg + 8
+end
+states[#states + 1] = outstanding
+return states

@@ -1,0 +1,86 @@
+"""How many versions behind: one rule in pure integers, used four times.
+
+The four guards are pacing at submit, cancelling at the lease renewal, refusing at deliver, and the
+sweep when a batch is handed over. The first three only save work; **the sweep is the guarantee**.
+
+- The staleness of a sample is the trainer's version minus the version of its OLDEST trained token
+  (the "head" of AReaL's staleness, and prime-rl's `span.start`), at the moment of hand-over.
+- The capacity is AReaL's ``(eta + v + 1) * B - (accepted + running)`` (arXiv 2505.24298, eq. 3)
+  in terms of what is outstanding, which stays right after a resume, after drops and with any
+  number of ranks: ``(depth + 1) * B - outstanding``.
+"""
+
+from collections.abc import Sequence
+
+from rollfleet_common.errors import SettingsError
+from rollfleet_common.messages import NO_VERSION
+
+__all__ = ["capacity", "check_shape", "min_useful", "replayed", "staleness"]
+
+
+def staleness(current: int, oldest: int) -> int:
+    """Versions between the trainer and a sample's oldest trained token; negative: the future."""
+    return current - oldest
+
+
+def min_useful(current: int, max_staleness: int) -> int:
+    """The oldest version that may still be handed to a trainer at `current`."""
+    return max(current - max_staleness, 0)
+
+
+def capacity(pipeline_depth: int, samples_per_version: int, outstanding: int) -> int:
+    """Training samples that may be submitted now; negative if more are out than should be."""
+    return (pipeline_depth + 1) * samples_per_version - outstanding
+
+
+def replayed(version: int, epoch: int, rollbacks: Sequence[tuple[int, int]]) -> int:
+    """Where a version of an older epoch stands in the history of the newest one.
+
+    A trainer that resumed at version r lost the weights of every v > r. The policy that made such
+    a token is about as far from r as v was: it counts as ``r - (v - r)``, so that it is never
+    mistaken for fresh.
+
+    Args:
+        version: Of the token, in the epoch that made it.
+        epoch: Of the token.
+        rollbacks: (epoch, version it began at), oldest first.
+    """
+    if version == NO_VERSION:
+        return version
+    for began, at in rollbacks:
+        if began > epoch and version > at:
+            version = at - (version - at)
+    return version
+
+
+def check_shape(
+    *, samples_per_version: int, group_size: int, max_staleness: int, pipeline_depth: int
+) -> None:
+    """Refuse a configuration that must wait for itself.
+
+    Raises:
+        SettingsError: With the arithmetic.
+    """
+    for name, value, least in (
+        ("samples_per_version", samples_per_version, 1),
+        ("group_size", group_size, 1),
+        ("max_staleness", max_staleness, 0),
+        ("pipeline_depth", pipeline_depth, 0),
+    ):
+        if value < least:
+            raise SettingsError(f"{name} is {value}; it must be at least {least}")
+    if samples_per_version % group_size:
+        raise SettingsError(
+            f"samples_per_version = {samples_per_version} is no multiple of group_size = "
+            f"{group_size}: whole groups would never fill a batch exactly "
+            f"({samples_per_version} = {samples_per_version // group_size} x {group_size} + "
+            f"{samples_per_version % group_size})"
+        )
+    if pipeline_depth > max_staleness:
+        room = (pipeline_depth + 1) * samples_per_version
+        raise SettingsError(
+            f"pipeline_depth = {pipeline_depth} is more than max_staleness = {max_staleness}: "
+            f"({pipeline_depth} + 1) x {samples_per_version} = {room} samples would be outstanding, "
+            f"so the last of them would be {pipeline_depth} versions old when their turn comes and "
+            f"be dropped; use pipeline_depth <= {max_staleness}"
+        )

@@ -1,0 +1,418 @@
+"""The path, one method a verb: submit, claim, deliver, consume; and settle, which ends it.
+
+- Every method is one atomic step in one partition (a script, a read, or a pipeline whose last
+  command is the script that decides).
+- Only `submit`, `deliver` and `settle` write, and all three may be repeated after a lost reply:
+  submit knows its submission ids, deliver its leases, settle the entries that are still there.
+- Errors are redis-py's own; callers wrap what may be repeated in
+  :func:`rollfleet_common.redis.retry`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from redis.exceptions import NoScriptError, ResponseError
+
+from rollfleet_common.codec import decode_header, decode_prompt, encode_header, encode_prompt
+from rollfleet_common.errors import SupersededError, WireError
+from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.messages import Claim, Header, Kind, Prompt, Tombstone
+from rollfleet_common.scripts import load
+
+__all__ = [
+    "Arrivals",
+    "Delivered",
+    "Delivery",
+    "Garbage",
+    "Streams",
+    "Submission",
+    "Submitted",
+]
+
+_OPEN, _ADVANCE, _SUBMIT, _DELIVER, _SETTLE, _UNTRAIN, _CANCEL, _ADOPT = map(
+    load, ("open", "advance", "submit", "deliver", "settle", "untrain", "cancel", "adopt")
+)
+
+#: How long a payload outlives a delivery that never came: it is persisted when its header is
+#: written, and expires by itself if its worker lost the lease.
+PAYLOAD_TTL_MS = 600_000
+#: Lua's `unpack` and reply sizes stay far from their limits.
+CHUNK = 500
+
+
+class Submitted(IntEnum):
+    """What became of one submitted group."""
+
+    YES = 1
+    #: The submission id was seen before; nothing was done.
+    KNOWN = 0
+    #: Over the limit; nothing was done.
+    FULL = -1
+
+
+class Delivered(IntEnum):
+    """What became of one delivery."""
+
+    YES = 1
+    #: There is no such lease: delivered before (a lost reply), or cancelled.
+    GONE = 0
+    #: Another worker holds the lease now.
+    STOLEN = -1
+    #: The payload is not in Redis; the lease is still ours.
+    NO_PAYLOAD = -2
+    #: Too old to be trained on; closed with a tombstone.
+    STALE = -3
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A group to submit, once."""
+
+    #: Unique in the run; submitting it again does nothing.
+    id: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A finished episode: its header and the encoded payload."""
+
+    header: Header
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """A stream entry that is no message of ours."""
+
+    entry: str
+    why: str
+    fields: Mapping[bytes, bytes]
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What one read of the trainer brought, by stream entry, in the order of arrival."""
+
+    headers: list[tuple[str, Header]]
+    tombstones: list[tuple[str, Tombstone]]
+    garbage: list[Garbage]
+    #: Garbage among the tombstones.
+    garbage_tombstones: list[Garbage]
+
+
+class Streams:
+    """The streams of one partition."""
+
+    def __init__(self, client: Any, keys: PartitionKeys) -> None:
+        self.client = client
+        self.keys = keys
+
+    # ---- 1. submit ---------------------------------------------------------------------------
+
+    async def open(self, token: str, epoch: int, version: int, min_useful: int) -> None:
+        """Fence the partition for one trainer.
+
+        Raises:
+            SupersededError: A younger trainer has opened it.
+        """
+        k = self.keys
+        opened = await _OPEN(
+            self.client, [k.fence, k.rollouts, k.tombstones], [token, epoch, version, min_useful]
+        )
+        self._fenced(opened != 0)
+
+    async def advance(self, token: str, version: int, min_useful: int) -> None:
+        """Tell workers (through deliver) which versions are still useful.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        done = await _ADVANCE(self.client, [self.keys.fence], [token, version, min_useful])
+        self._fenced(done != 0)
+
+    async def submit(
+        self, token: str, limit: int, groups: Sequence[Submission], max_bytes: int
+    ) -> tuple[list[Submitted], int]:
+        """Put whole groups on the stream; returns the state of each, and the outstanding samples.
+
+        Args:
+            token: The trainer's.
+            limit: Training samples that may be outstanding in this partition; -1 for no limit.
+            groups: What to submit, in order.
+            max_bytes: Cap on one encoded prompt.
+
+        Raises:
+            InvalidPromptError, OversizeError: Before anything was sent.
+            SupersededError: Another trainer has opened the run.
+        """
+        k = self.keys
+        keys, args = [k.fence, k.ledger, k.marks, k.routes], [token, limit]
+        for group in groups:
+            p = group.prompt
+            keys += [k.prompts(p.route), k.group(p.group)]
+            args += [group.id, p.position, p.group, p.n, p.kind.value, p.route]
+            args += [encode_prompt(p, max_bytes), p.deadline_ms]
+        reply = await _SUBMIT(self.client, keys, args)
+        self._fenced(reply[0] != -2)
+        return [Submitted(state) for state in reply[:-1]], int(reply[-1])
+
+    async def cancel(self, token: str, prompt: Prompt, reason: str, at_most: int) -> int:
+        """Settle up to `at_most` members of a group that were not delivered yet.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        k, p = self.keys, prompt
+        keys = [k.fence, k.ledger, k.tombstones, k.group(p.group), k.prompts(p.route)]
+        keys += [k.delayed(p.route), k.parked(p.route)]
+        args = [token, p.group, reason, p.task, p.position, at_most]
+        settled = int(await _CANCEL(self.client, keys, args))
+        self._fenced(settled != -2)
+        return settled
+
+    # ---- 2. claim ----------------------------------------------------------------------------
+
+    async def make_groups(self, routes: Sequence[str]) -> None:
+        """Create the workers' consumer groups, from the stream's beginning. Idempotent."""
+        for route in routes:
+            try:
+                await self.client.xgroup_create(
+                    self.keys.prompts(route), "workers", id="0", mkstream=True
+                )
+            except ResponseError as exc:
+                if "BUSYGROUP" not in str(exc):
+                    raise
+
+    async def claim(
+        self, reader: Any, worker: str, routes: Sequence[str], count: int, block_ms: int | None
+    ) -> tuple[list[Claim], list[Garbage]]:
+        """Lease up to `count` samples (of each route), waiting up to `block_ms` for the first.
+
+        Args:
+            reader: The client whose connection may block; never cancel this call while it blocks,
+                or leases are granted to a reply that nobody reads.
+            worker: Who claims.
+            routes: Streams to read.
+            count: Leases wanted of each route.
+            block_ms: None: do not wait.
+        """
+        names = {self.keys.prompts(route): ">" for route in routes}
+        reply = await reader.xreadgroup("workers", worker, names, count=count, block=block_ms)
+        claims: list[Claim] = []
+        garbage: list[Garbage] = []
+        for _, entries in _by_stream(reply):
+            for raw_entry, fields in entries:
+                made = self.read_claim(raw_entry.decode(), fields)
+                (claims if isinstance(made, Claim) else garbage).append(made)  # type: ignore[arg-type]
+        return claims, garbage
+
+    def read_claim(self, entry: str, fields: Mapping[bytes, bytes] | None) -> Claim | Garbage:
+        """A stream entry as a claim, or as what it is when it is not ours."""
+        if not fields:
+            return Garbage(entry, "the entry was deleted while it was pending", {})
+        try:
+            prompt = decode_prompt(fields[b"d"])
+            index, attempt = int(fields[b"i"]), int(fields[b"a"])
+        except (KeyError, ValueError, WireError) as exc:
+            why = f"missing field {exc}" if isinstance(exc, KeyError) else str(exc)
+            return Garbage(entry, why, fields)
+        return Claim(
+            prompt, index, attempt, entry, self.keys.partition, int(entry.partition("-")[0])
+        )
+
+    # ---- 3. deliver --------------------------------------------------------------------------
+
+    async def deliver(self, worker: str, items: Sequence[Delivery]) -> list[Delivered]:
+        """Publish rollouts and take their prompts off, in one round trip.
+
+        Payloads do not pass through Lua: they are set ahead with a TTL, and the script persists
+        those whose lease is still held. NX keeps a repeated call from putting the TTL back.
+        """
+        k = self.keys
+        pipe = self.client.pipeline(transaction=False)
+        keys: list[str] = [k.fence, k.ledger, k.rollouts, k.tombstones]
+        args: list[Any] = [worker]
+        for item in items:
+            h = item.header
+            payload = k.payload(h.payload)
+            pipe.set(payload, item.payload, px=PAYLOAD_TTL_MS, nx=True)
+            keys += (k.prompts(h.route), k.group(h.group), payload)
+            args += (h.entry, h.index, h.kind.value, h.epoch, h.min_version, encode_header(h))
+            args += (h.group, h.n, h.task, h.position)
+        pipe.evalsha(_DELIVER.digest, len(keys), *keys, *args)
+        *stored, states = await pipe.execute(raise_on_error=False)
+        for reply in stored:
+            if isinstance(reply, Exception):
+                raise reply
+        if isinstance(states, NoScriptError):
+            states = await _DELIVER(self.client, keys, args)
+        if isinstance(states, Exception):
+            raise states
+        return [Delivered(state) for state in states]
+
+    # ---- 4. consume --------------------------------------------------------------------------
+
+    async def consume(
+        self, reader: Any, consumer: str, count: int, block_ms: int | None, *, since: str = ">"
+    ) -> Arrivals:
+        """Read headers and tombstones; payloads stay where they are.
+
+        Args:
+            reader: The client whose connection may block.
+            consumer: The trainer's name in the consumer group.
+            count: At most this many of each.
+            block_ms: None: do not wait.
+            since: ``">"`` for what nobody has read; an entry id for this consumer's own unsettled
+                ones after it.
+        """
+        k = self.keys
+        reply = await reader.xreadgroup(
+            "trainer",
+            consumer,
+            {k.rollouts: since, k.tombstones: since},
+            count=count,
+            block=block_ms,
+        )
+        arrivals = Arrivals([], [], [], [])
+        for name, entries in _by_stream(reply):
+            for raw_entry, fields in entries:
+                entry = raw_entry.decode()
+                if name.decode() == k.rollouts:
+                    _sort(arrivals.headers, arrivals.garbage, entry, fields, _read_header)
+                else:
+                    _sort(
+                        arrivals.tombstones,
+                        arrivals.garbage_tombstones,
+                        entry,
+                        fields,
+                        _read_tombstone,
+                    )
+        return arrivals
+
+    async def fetch(self, payloads: Sequence[str]) -> list[bytes | None]:
+        """Payloads by their key suffix; None where one is missing."""
+        if not payloads:
+            return []
+        reply: list[bytes | None] = await self.client.mget([self.keys.payload(p) for p in payloads])
+        return reply
+
+    async def settle(
+        self,
+        token: str,
+        verb: str,
+        rollouts: Sequence[tuple[str, Kind, str]],
+        groups: Sequence[str] = (),
+        tombstones: Sequence[str] = (),
+    ) -> int:
+        """The trainer's verdict: ``train``, ``commit`` or ``drop:<reason>``.
+
+        Args:
+            token: The trainer's.
+            verb: What is decided.
+            rollouts: (stream entry, kind, payload suffix) of each.
+            groups: Groups that are closed by it, whose records go.
+            tombstones: Entries of tombstones that go with them.
+
+        Returns:
+            How many rollouts changed state; repeats change none.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        k = self.keys
+        changed = 0
+        pieces = max(len(rollouts), len(groups), len(tombstones), 1)
+        for at in range(0, pieces, CHUNK):
+            end = at + CHUNK
+            r, g, t = rollouts[at:end], groups[at:end], tombstones[at:end]
+            keys = [k.fence, k.ledger, k.rollouts, k.tombstones, k.trained]
+            keys += [k.payload(suffix) for _, _, suffix in r] + [k.group(group) for group in g]
+            args = [token, verb, len(r), len(g), len(t)]
+            args += [entry for entry, _, _ in r] + [kind.value for _, kind, _ in r] + list(t)
+            done = int(await _SETTLE(self.client, keys, args))
+            self._fenced(done != -2)
+            changed += done
+        return changed
+
+    async def untrain(self, token: str, rollouts: Sequence[tuple[str, Kind]]) -> int:
+        """Owe rollouts to a trainer again that it had trained before its checkpoint was lost.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        k = self.keys
+        changed = 0
+        for at in range(0, len(rollouts), CHUNK):
+            args: list[Any] = [token]
+            for entry, kind in rollouts[at : at + CHUNK]:
+                args += (entry, kind.value)
+            done = int(await _UNTRAIN(self.client, [k.fence, k.ledger, k.trained], args))
+            self._fenced(done != -2)
+            changed += done
+        return changed
+
+    async def adopt(self, token: str, consumer: str) -> tuple[list[str], list[str]]:
+        """Own all that is unsettled, whoever read it; returns entries of rollouts and tombstones.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        owned: tuple[list[str], list[str]] = ([], [])
+        for stream, entries in zip((self.keys.rollouts, self.keys.tombstones), owned, strict=True):
+            last = "0-0"
+            while True:
+                args = [token, consumer, last, CHUNK]
+                reply = await _ADOPT(self.client, [self.keys.fence, stream], args)
+                self._fenced(reply[0] != -2)
+                entries += [entry.decode() for entry in reply[1:]]
+                if len(reply) <= CHUNK:
+                    break
+                last = reply[0].decode()
+        return owned
+
+    def _fenced(self, held: bool) -> None:
+        if not held:
+            raise SupersededError(
+                f"run {self.keys.run!r} was opened by another trainer: this one may not write any "
+                "more. Two trainers on one run is a mistake unless the second took over on purpose; "
+                "give each its own run name"
+            )
+
+
+def _by_stream(reply: Any) -> Iterator[tuple[bytes, list[tuple[bytes, Mapping[bytes, bytes]]]]]:
+    """XREADGROUP's reply in the one shape that all redis-py versions and protocols mean."""
+    pairs = reply.items() if isinstance(reply, dict) else reply or ()
+    for name, entries in pairs:
+        # RESP3 nests the entries once more.
+        yield name, (entries[0] if entries and isinstance(entries[0], list) else entries)
+
+
+def _sort(
+    good: list[tuple[str, Any]], bad: list[Garbage], entry: str, fields: Any, read: Any
+) -> None:
+    try:
+        good.append((entry, read(fields)))
+    except (KeyError, ValueError, WireError) as exc:
+        bad.append(Garbage(entry, f"{type(exc).__name__}: {exc}", fields or {}))
+
+
+def _read_header(fields: Mapping[bytes, bytes]) -> Header:
+    return decode_header(fields[b"h"])
+
+
+def _read_tombstone(fields: Mapping[bytes, bytes]) -> Tombstone:
+    text = {key: value.decode("utf-8", "replace") for key, value in fields.items()}
+    return Tombstone(
+        group=text[b"g"],
+        index=int(text[b"i"]),
+        n=int(text[b"n"]),
+        kind=Kind(text[b"k"]),
+        task=text[b"t"],
+        reason=text[b"r"],
+        detail=text[b"e"],
+        position=int(text[b"p"]),
+    )
