@@ -129,6 +129,10 @@ class Board:
         )
         return policy, Shape.loads(shape.decode())
 
+    async def last_batch(self) -> int:
+        """The number of the youngest batch that was ever planned; 0 if none was."""
+        return int(await self.client.hget(self.keys.board, "last_batch") or 0)
+
     async def rollbacks(self) -> list[tuple[int, int]]:
         """(epoch, version it began at) of every epoch, oldest first."""
         raw = await self.client.hget(self.keys.board, "rollbacks") or b""

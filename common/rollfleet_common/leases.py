@@ -18,8 +18,8 @@ from rollfleet_common.streams import Garbage, Streams
 
 __all__ = ["Failure", "Leases"]
 
-_RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE = map(
-    load, ("renew", "reclaim", "fail", "promote", "handback", "quarantine")
+_RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE, _REAP = map(
+    load, ("renew", "reclaim", "fail", "promote", "handback", "quarantine", "reap")
 )
 #: Leases renewed by one script call.
 RENEW_CHUNK = 1000
@@ -78,7 +78,7 @@ class Leases:
         taken: list[tuple[Claim | Garbage, int, str]] = []
         for entry, deliveries, flat, owner in rows:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))
-            made = streams.read_claim(entry.decode(), fields)
+            made = streams.read_claim(route, entry.decode(), fields)
             taken.append((made, int(deliveries), owner.decode()))
         return taken
 
@@ -95,13 +95,13 @@ class Leases:
         args += [failure.record(claim.attempt), p.task, p.position, failure.kind.value]
         return int(await _FAIL(self.client, keys, args)) > 0
 
-    async def bury(self, route: str, garbage: Garbage) -> None:
+    async def bury(self, garbage: Garbage) -> None:
         """Move an unreadable entry to the dead letters.
 
         One that submit wrote (its group's record names it) is buried like any failed prompt, so
         that its group closes; anything else is quarantined.
         """
-        k, f = self.keys, garbage.fields
+        k, f, route = self.keys, garbage.fields, garbage.route
         group = f.get(b"g", b"").decode("utf-8", "replace")
         place = await self.client.hget(k.group(group), f.get(b"i", b"")) if group else None
         if place != f"p{garbage.entry}".encode():
@@ -110,7 +110,7 @@ class Leases:
         failure = Failure(FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker)
         keys = [k.prompts(route), k.delayed(route), k.parked(route), k.dead, k.tombstones]
         keys += [k.ledger, k.group(group)]
-        args = [self.worker, garbage.entry, -1, failure.record(garbage.attempt), "?", -1]
+        args = [self.worker, garbage.entry, -1, failure.record(1), "?", -1]
         await _FAIL(self.client, keys, [*args, failure.kind.value])
 
     async def promote(self, route: str, count: int = 100) -> tuple[int, int]:
@@ -127,6 +127,10 @@ class Leases:
             args = [self.worker, self.keys.group(""), *entries[at : at + RENEW_CHUNK]]
             back += int(await _HANDBACK(self.client, [self.keys.prompts(route)], args))
         return back
+
+    async def reap(self, route: str, idle_ms: int) -> int:
+        """Forget consumers of a route that hold nothing and were idle for `idle_ms`."""
+        return int(await _REAP(self.client, [self.keys.prompts(route)], [idle_ms]))
 
 
 async def quarantine(

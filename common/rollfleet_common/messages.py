@@ -97,6 +97,8 @@ class Claim:
     partition: int
     #: Unix time in milliseconds of the entry's birth on the stream.
     queued_ms: int
+    #: One line of JSON for each attempt that failed before.
+    history: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,8 @@ class Garbage:
     entry: str
     why: str
     fields: Mapping[bytes, bytes]
-    attempt: int = 1
+    #: The route of the prompts stream it was found on; "" on the trainer's streams.
+    route: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +111,23 @@ class Streams:
     def __init__(self, client: Any, keys: PartitionKeys) -> None:
         self.client = client
         self.keys = keys
+        #: Members of a group come in a row and share their body: it is decoded once for all.
+        self._last: tuple[bytes, Prompt] | None = None
 
     # ---- 1. submit ---------------------------------------------------------------------------
 
-    async def open(self, token: str, epoch: int, version: int, min_useful: int) -> None:
-        """Fence the partition for one trainer.
+    async def open(self, token: str, epoch: int, version: int, min_useful: int) -> int:
+        """Fence the partition for one trainer; returns the position of its last fed prompt.
 
         Raises:
             SupersededError: A younger trainer has opened it.
         """
         k = self.keys
-        opened = await _OPEN(
+        opened, *cursor = await _OPEN(
             self.client, [k.fence, k.rollouts, k.tombstones], [token, epoch, version, min_useful]
         )
         self._fenced(opened != 0)
+        return int(cursor[0])
 
     async def advance(self, token: str, version: int, min_useful: int) -> None:
         """Tell workers (through deliver) which versions are still useful.
@@ -204,24 +208,35 @@ class Streams:
         reply = await reader.xreadgroup("workers", worker, names, count=count, block=block_ms)
         claims: list[Claim] = []
         garbage: list[Garbage] = []
-        for _, entries in _by_stream(reply):
+        for name, entries in _by_stream(reply):
+            route = name.decode().removeprefix(self.keys.prompts(""))
             for raw_entry, fields in entries:
-                made = self.read_claim(raw_entry.decode(), fields)
+                made = self.read_claim(route, raw_entry.decode(), fields)
                 (claims if isinstance(made, Claim) else garbage).append(made)  # type: ignore[arg-type]
         return claims, garbage
 
-    def read_claim(self, entry: str, fields: Mapping[bytes, bytes] | None) -> Claim | Garbage:
+    def read_claim(
+        self, route: str, entry: str, fields: Mapping[bytes, bytes] | None
+    ) -> Claim | Garbage:
         """A stream entry as a claim, or as what it is when it is not ours."""
         if not fields:
-            return Garbage(entry, "the entry was deleted while it was pending", {})
+            return Garbage(entry, "the entry was deleted while it was pending", {}, route)
         try:
-            prompt = decode_prompt(fields[b"d"])
+            body = fields[b"d"]
+            if self._last is None or self._last[0] != body:
+                self._last = (body, decode_prompt(body))
             index, attempt = int(fields[b"i"]), int(fields[b"a"])
         except (KeyError, ValueError, WireError) as exc:
             why = f"missing field {exc}" if isinstance(exc, KeyError) else str(exc)
-            return Garbage(entry, why, fields)
+            return Garbage(entry, why, fields, route)
         return Claim(
-            prompt, index, attempt, entry, self.keys.partition, int(entry.partition("-")[0])
+            prompt=self._last[1],
+            index=index,
+            attempt=attempt,
+            entry=entry,
+            partition=self.keys.partition,
+            queued_ms=int(entry.partition("-")[0]),
+            history=fields.get(b"e", b""),
         )
 
     # ---- 3. deliver --------------------------------------------------------------------------

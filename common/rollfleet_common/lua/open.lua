@@ -2,9 +2,10 @@
 -- Open one partition for a trainer: from now on only its token may steer here.
 -- KEYS 1 fence  2 rollouts  3 tombstones
 -- ARGV 1 token  2 epoch  3 version  4 min_useful
--- Returns 1, or 0 if a younger epoch has opened it already.
+-- Returns {1, cursor: position of the last fed prompt (-1: none)}, or {0} if a younger epoch has
+-- opened it already.
 local held = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '-1')
-if held > tonumber(ARGV[2]) then return 0 end
+if held > tonumber(ARGV[2]) then return {0} end
 redis.call('HSET', KEYS[1], 'token', ARGV[1], 'epoch', ARGV[2], 'version', ARGV[3], 'min_useful', ARGV[4])
 for i = 2, 3 do
   local made = redis.pcall('XGROUP', 'CREATE', KEYS[i], 'trainer', '0', 'MKSTREAM')
@@ -12,4 +13,4 @@ for i = 2, 3 do
     return redis.error_reply(made.err)
   end
 end
-return 1
+return {1, tonumber(redis.call('HGET', KEYS[1], 'cursor') or '-1')}

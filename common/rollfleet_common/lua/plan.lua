@@ -3,5 +3,7 @@
 -- KEYS 1 board  2 batches   ARGV 1 token  2 batch number  3 plan ('' forgets it)
 -- Returns 1, or 0 if the token is superseded.
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
+local last = tonumber(redis.call('HGET', KEYS[1], 'last_batch') or '0')
+if tonumber(ARGV[2]) > last then redis.call('HSET', KEYS[1], 'last_batch', ARGV[2]) end
 if ARGV[3] == '' then redis.call('HDEL', KEYS[2], ARGV[2]) else redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end
 return 1

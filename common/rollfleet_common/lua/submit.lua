@@ -1,4 +1,6 @@
 -- Put whole groups on the prompts stream: all samples of a group or none, each submission id once.
+-- Fed prompts (position >= 0) come in order, so the fence's cursor knows all of them; others are
+-- known by the marks, of which the youngest 100,000 are kept.
 -- KEYS 1 fence  2 ledger  3 marks  4 routes, then per group: prompts stream, group record
 -- ARGV 1 token  2 limit on outstanding training samples (-1: none), then per group:
 --      submission id, position, group, n, kind, route, body, deadline_ms
@@ -6,6 +8,7 @@
 -- if the token is superseded.
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return {-2} end
 local limit = tonumber(ARGV[2])
+local now = redis.call('TIME')[1]
 local counts = redis.call('HMGET', KEYS[2], 'submitted:train', 'settled:train')
 local outstanding = tonumber(counts[1] or '0') - tonumber(counts[2] or '0')
 -- Once one group does not fit, none after it may: a small group must not overtake a large one.
@@ -14,8 +17,10 @@ local states = {}
 local key, arg = 5, 3
 while arg <= #ARGV do
   local id, group, n, kind, route = ARGV[arg], ARGV[arg + 2], tonumber(ARGV[arg + 3]), ARGV[arg + 4], ARGV[arg + 5]
+  local position = tonumber(ARGV[arg + 1])
   local state = 1
-  if redis.call('ZSCORE', KEYS[3], id) then
+  if position >= 0 and position <= tonumber(redis.call('HGET', KEYS[1], 'cursor') or '-1')
+      or position < 0 and redis.call('ZSCORE', KEYS[3], id) then
     state = 0
   elseif kind == 'train' and limit >= 0 and (full or outstanding + n > limit) then
     full = true
@@ -28,7 +33,12 @@ while arg <= #ARGV do
       record[#record + 1] = 'p' .. entry
     end
     redis.call(unpack(record))
-    redis.call('ZADD', KEYS[3], ARGV[arg + 1], id)
+    if position >= 0 then
+      redis.call('HSET', KEYS[1], 'cursor', position)
+    else
+      redis.call('ZADD', KEYS[3], now, id)
+      redis.call('ZREMRANGEBYRANK', KEYS[3], 0, -100001)
+    end
     redis.call('SADD', KEYS[4], route)
     redis.call('HINCRBY', KEYS[2], 'submitted:' .. kind, n)
     if kind == 'train' then outstanding = outstanding + n end

@@ -1,0 +1,26 @@
+"""Fixtures that every test may ask for; they live in tests/fixtures."""
+
+from collections.abc import Generator
+
+import pytest
+from fixtures.servers import make_server, redis_server, redis_url
+
+__all__ = ["make_server", "redis_server", "redis_url"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "leaves_keys(reason, *globs): keys without a TTL that this test may leave in Redis, and why",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        # Read by redis_url: a failed test need not fail once more for the keys it left.
+        item.passed = report.passed  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    return report

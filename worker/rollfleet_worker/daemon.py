@@ -1,0 +1,466 @@
+"""The worker daemon: builds the parts, lives prompts, drains on SIGTERM.
+
+- The life of a prompt is one coroutine, :meth:`Worker.live`: claim -> episode -> deliver.
+- Nothing transient ends the process: Redis away, servers away and failing episodes are waited out.
+- SIGTERM or SIGINT: stop claiming, finish until the drain deadline, hand the rest back so that it
+  is claimable at once, exit 0. A second signal hands back at once. Leases are renewed throughout.
+
+Exit codes: 0 drained; 1 a defect (the traceback is logged); 2 settings or set-up refused;
+3 the drain deadline passed while Redis was away, so that what was left waits for its leases.
+"""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+
+from rollfleet_common.board import Board
+from rollfleet_common.embedded import resolve
+from rollfleet_common.errors import BrokerSetupError, RollfleetError
+from rollfleet_common.keys import RunKeys, check_name
+from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.messages import Claim
+from rollfleet_common.redis import check_server, connect, retry, safe_url
+from rollfleet_common.streams import Streams
+from rollfleet_worker.claim import BLOCK_MS, Claimer
+from rollfleet_worker.deliver import Outbox
+from rollfleet_worker.episode import Episodes
+from rollfleet_worker.follow import Follower
+from rollfleet_worker.health import HealthServer
+from rollfleet_worker.inference.engine import Engine, Sampling
+from rollfleet_worker.inference.pool import EnginePool, ServerState
+from rollfleet_worker.inference.siblings import SiblingEngine
+from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_worker.logs import configure_logs
+from rollfleet_worker.metrics import Metrics
+from rollfleet_worker.pulse import Pulse
+from rollfleet_worker.rewards.base import RewardPool
+from rollfleet_worker.settings import WorkerSettings
+from rollfleet_worker.slots import Slots
+from rollfleet_worker.workflows.base import load_workflow
+
+__all__ = ["Worker", "run"]
+
+log = structlog.get_logger("rollfleet.worker")
+
+OK, DEFECT, REFUSED, UNDELIVERED = 0, 1, 2, 3
+#: How long the last words to Redis may take when the drain deadline has passed.
+LAST_WORDS_S = 5.0
+#: How often a closed gate looks again.
+GATE_S = 0.2
+
+
+class Worker:
+    """One worker. `run` is its whole life; `stop` asks it to drain."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        host = settings.name or socket.gethostname()[:40]
+        self.id = check_name(f"{host}-{os.getpid()}-{secrets.token_hex(3)}", "worker name")
+        self.keys = RunKeys(check_name(settings.run, "run"))
+        self.routes = sorted(settings.workflows)
+        self.metrics = Metrics()
+        self.slots = Slots(settings.slots)
+        self.pool: EnginePool | None = None
+        self.follower: Follower | None = None
+        self.outboxes: list[Outbox] = []
+        self._alive: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
+        self._running: set[str] = set()
+        self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._away_until = 0.0
+        self._started_ms = int(time.time() * 1000)
+        self._counts = {"delivered": 0, "failed": 0}
+
+    # ---- the life of a prompt ----------------------------------------------------------------
+
+    async def live(self, claim: Claim) -> None:
+        """One prompt: run its episode, free the slot, deliver what came of it."""
+        try:
+            outcome = await self.episodes.run(claim, self._follower.policy)
+        finally:
+            self._running.discard(claim.entry)
+            self.slots.give()
+        self._counts["failed" if isinstance(outcome, Failure) else "delivered"] += 1
+        await self.outboxes[claim.partition].deliver(claim, outcome)
+
+    def _spawn(self, claim: Claim) -> None:
+        self._running.add(claim.entry)
+        self._track(claim, self.live(claim))
+
+    def _refuse(self, claim: Claim, failure: Failure) -> None:
+        self._track(claim, self.outboxes[claim.partition].deliver(claim, failure))
+
+    def _track(self, claim: Claim, life: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(life, name=f"live-{claim.entry}")
+        key = _key(claim)
+        self._alive[key] = (claim, task)
+        task.add_done_callback(lambda done: self._buried(key, done))
+
+    def _buried(self, key: str, task: "asyncio.Task[None]") -> None:
+        claim, _ = self._alive.pop(key)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            # The lease stays and lapses: another worker will try. Only set-up errors come here.
+            log.error(
+                "could not deliver", group=claim.prompt.group, index=claim.index, error=str(exc)
+            )
+
+    def _lost(self, partition: int, entry: str) -> None:
+        if (held := self._alive.get(f"{partition}/{entry}")) is not None:
+            claim, task = held
+            log.info("lease lost, episode cancelled", group=claim.prompt.group, index=claim.index)
+            task.cancel()
+
+    def _active(self) -> Mapping[tuple[int, str], Sequence[str]]:
+        held: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for claim, _ in self._alive.values():
+            held[claim.partition, claim.prompt.route].append(claim.entry)
+        return held
+
+    # ---- what it says of itself --------------------------------------------------------------
+
+    @property
+    def _follower(self) -> Follower:
+        assert self.follower is not None, "the worker has not started"  # noqa: S101 - a defect
+        return self.follower
+
+    def _on_wait(self, exc: Exception, wait_s: float) -> None:
+        if time.monotonic() > self._away_until:
+            log.warning("redis is away", error=str(exc))
+            self.metrics.disruptions.inc()
+        self._away_until = time.monotonic() + max(wait_s, 1.0) + 1.0
+
+    def why_not(self) -> str:
+        """Why this worker cannot claim now; "" if it can."""
+        if self._stopping.is_set():
+            return "draining"
+        if time.monotonic() < self._away_until:
+            return "no-redis"
+        if self.follower is None or not self.follower.opened.is_set():
+            return "no-run"
+        if self.follower.paused:
+            return "paused"
+        if self.pool is not None and all(
+            server.state is ServerState.SUSPECT for server in self.pool.states()
+        ):
+            return "no-server"
+        if sum(outbox.bytes for outbox in self.outboxes) >= self.settings.buffer_bytes:
+            return "outbox-full"
+        return ""
+
+    def card(self) -> dict[str, Any]:
+        """What the registry shows of this worker."""
+        policy = self._follower.policy
+        servers = self.pool.states() if self.pool else []
+        return {
+            "id": self.id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "routes": self.routes,
+            "slots": self.slots.total,
+            "busy": len(self._running),
+            "servers": [
+                {
+                    "name": s.name,
+                    "state": s.state.value,
+                    "in_flight": s.in_flight,
+                    "version": s.version,
+                    "error": s.last_error,
+                }
+                for s in servers
+            ],
+            "state": self.why_not() or "claiming",
+            "policy_version": policy.version,
+            "seen_ms": int(time.time() * 1000),
+            "started_ms": self._started_ms,
+            **self._counts,
+        }
+
+    async def _gate(self) -> None:
+        """Return once this worker may claim (or is to stop)."""
+        while (why := self.why_not()) and why != "draining":
+            if why == "no-redis":
+                return  # claiming is how we find out that it is back
+            await asyncio.sleep(GATE_S)
+        self.metrics.busy.set(len(self._running))
+        self.metrics.outbox_bytes.set(sum(outbox.bytes for outbox in self.outboxes))
+        self.metrics.version.set(self._follower.policy.version)
+
+    # ---- its own life ------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Drain; called again, hand back at once."""
+        if self._stopping.is_set():
+            self._at_once.set()
+        log.info("stopping", again=self._stopping.is_set(), episodes=len(self._alive))
+        self._stopping.set()
+
+    async def run(self) -> int:
+        """Live until stopped; returns the exit code.
+
+        Raises:
+            RollfleetError: Settings or set-up are refused.
+        """
+        s = self.settings
+        workflows = {route: load_workflow(path) for route, path in s.workflows.items()}
+        url, _ = resolve(s.redis_url)
+        client = connect(url, role=f"worker-{self.id}")
+        readers: list[Any] = []
+        rewards = RewardPool(s.reward_processes, s.reward_timeout_s)
+        engine = self._engine()
+        health = HealthServer(self.metrics, self.why_not)
+        self.metrics.slots.set(s.slots)
+        self.episodes = Episodes(
+            worker=self.id,
+            workflows=workflows,
+            engine=engine,
+            rewards=rewards,
+            sampling=Sampling(
+                max_tokens=s.max_tokens,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                stop_token_ids=tuple(s.stop_token_ids),
+            ),
+            timeout_s=s.episode_timeout_s,
+            max_rollout_bytes=s.max_rollout_bytes,
+            metrics=self.metrics,
+        )
+        try:
+            if s.health_port is not None:
+                await health.start(s.health_host, s.health_port)
+            report = await retry(
+                lambda: check_server(client, strict=s.strict),
+                what=f"reach Redis at {safe_url(url)}",
+                deadline_s=None,
+                on_wait=self._on_wait,
+                url=url,
+            )
+            for warning in report.warnings:
+                log.warning(warning)
+            log.info(
+                "worker started",
+                worker=self.id,
+                run=s.run,
+                redis=safe_url(url),
+                routes=self.routes,
+                slots=s.slots,
+                servers=s.servers,
+                health_port=health.port or None,
+            )
+            reader = connect(url, role=f"follow-{self.id}", blocking=True, block_s=2.0)
+            readers.append(reader)
+            self.follower = Follower(Board(client, self.keys), reader, self._on_wait)
+            return await self._work(client, url, readers)
+        finally:
+            await health.stop()
+            if engine is not None:
+                await engine.close()
+            await rewards.close()
+            for each in (client, *readers):
+                await each.aclose()
+
+    def _engine(self) -> Engine | None:
+        s = self.settings
+        if not s.servers:
+            return None
+        key = s.api_key.get_secret_value() if s.api_key else None
+        self.pool = EnginePool(
+            [
+                VllmEngine(
+                    server,
+                    model=s.model,
+                    api_key=key,
+                    timeout_s=s.request_timeout_s,
+                    max_connections=s.server_cap,
+                )
+                for server in s.servers
+            ],
+            s.server_cap,
+        )
+        return (
+            SiblingEngine(self.pool, max_merge=s.max_siblings) if s.max_siblings > 1 else self.pool
+        )
+
+    async def _work(self, client: Any, url: str, readers: list[Any]) -> int:
+        follower = self._follower
+        following = asyncio.create_task(follower.run(self._stopping), name="follow")
+        tasks: list[asyncio.Task[Any]] = [following]
+        failed: asyncio.Task[Any] | None = None
+        claiming: list[asyncio.Task[None]] = []
+        pulse: Pulse | None = None
+        try:
+            await _first(follower.opened.wait(), self._stopping.wait(), following)
+            if follower.shape is not None and not self._stopping.is_set():
+                pulse = self._build(client, url, readers, follower.shape.partitions)
+                await pulse.show_once()
+                tasks += [
+                    asyncio.create_task(outbox.pump(), name="deliver") for outbox in self.outboxes
+                ]
+                tasks += [
+                    asyncio.create_task(beat(), name=beat.__name__)
+                    for beat in (pulse.renew, pulse.promote, pulse.show)
+                ]
+                claiming = [
+                    asyncio.create_task(claimer.run(self._stopping), name="claim")
+                    for claimer in self.claimers
+                ]
+                log.info("claiming", partitions=len(claiming), routes=self.routes)
+                failed = await self._watch([*tasks, *claiming])
+            return await self._drain(claiming, pulse, failed)
+        finally:
+            for task in (*tasks, *claiming):
+                task.cancel()
+            await asyncio.gather(*tasks, *claiming, return_exceptions=True)
+
+    def _build(self, client: Any, url: str, readers: list[Any], partitions: int) -> Pulse:
+        self.claimers: list[Claimer] = []
+        all_leases: list[Leases] = []
+        for partition in range(partitions):
+            keys = self.keys.partition(partition)
+            streams, leases = Streams(client, keys), Leases(client, keys, self.id)
+            outbox = Outbox(streams, leases, self.settings, self.metrics, self._on_wait)
+            reader = connect(url, role=f"claim-{self.id}", blocking=True, block_s=BLOCK_MS / 1000)
+            readers.append(reader)
+            self.outboxes.append(outbox)
+            all_leases.append(leases)
+            self.claimers.append(
+                Claimer(
+                    streams=streams,
+                    leases=leases,
+                    reader=reader,
+                    routes=self.routes,
+                    slots=self.slots,
+                    settings=self.settings,
+                    metrics=self.metrics,
+                    gate=self._gate,
+                    spawn=self._spawn,
+                    refuse=self._refuse,
+                    owns=lambda entry, p=partition: f"{p}/{entry}" in self._alive,  # type: ignore[misc]
+                    on_wait=self._on_wait,
+                )
+            )
+        return Pulse(
+            client=client,
+            keys=self.keys,
+            leases=all_leases,
+            routes=self.routes,
+            lease_s=self.settings.lease_s,
+            metrics=self.metrics,
+            active=self._active,
+            lost=self._lost,
+            card=self.card,
+            on_wait=self._on_wait,
+        )
+
+    async def _watch(self, tasks: Sequence["asyncio.Task[Any]"]) -> "asyncio.Task[Any] | None":
+        """Wait for the stop, or for a part that ended by itself, which is a defect."""
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+        ended = next((task for task in done if task is not stop and task.exception()), None)
+        if ended is not None:
+            log.error(
+                "a part of the worker failed", part=ended.get_name(), exc_info=ended.exception()
+            )
+            self._stopping.set()
+        return ended
+
+    async def _drain(
+        self,
+        claiming: Sequence["asyncio.Task[None]"],
+        pulse: Pulse | None,
+        failed: "asyncio.Task[Any] | None",
+    ) -> int:
+        code = OK if failed is None else REFUSED if _is_setup(failed) else DEFECT
+        deadline = time.monotonic() + self.settings.drain_s
+        if claiming:
+            # A read that is under way may still bring leases: they are lived, or handed back.
+            await asyncio.wait(claiming, timeout=BLOCK_MS / 1000 + LAST_WORDS_S)
+        log.info("draining", episodes=len(self._alive), deadline_s=self.settings.drain_s)
+        hurry = asyncio.create_task(self._at_once.wait())
+        while self._alive and time.monotonic() < deadline and not hurry.done():
+            lives = {task for _, task in self._alive.values()}
+            await asyncio.wait(
+                {hurry, *lives},
+                timeout=deadline - time.monotonic(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        hurry.cancel()
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._hand_back()
+                if pulse is not None:
+                    await pulse.take_down(self.id)
+        except (TimeoutError, RollfleetError) as exc:
+            log.error(
+                "could not hand back: leases will lapse", left=len(self._alive), error=str(exc)
+            )
+            code = code or UNDELIVERED
+        log.info("worker stopped", code=code, **self._counts)
+        return code
+
+    async def _hand_back(self) -> None:
+        """Give what is left to the other workers."""
+        left = self._active()
+        for _, task in list(self._alive.values()):
+            task.cancel()
+        for (partition, route), entries in left.items():
+            leases = self.outboxes[partition].leases
+            back = await retry(
+                lambda leases=leases, route=route, entries=entries: leases.hand_back(
+                    route, entries
+                ),  # type: ignore[misc]
+                what=f"hand back {len(entries)} leases",
+                deadline_s=LAST_WORDS_S,
+            )
+            log.info("handed back", route=route, leases=back)
+
+
+def _key(claim: Claim) -> str:
+    return f"{claim.partition}/{claim.entry}"
+
+
+def _is_setup(task: "asyncio.Task[Any]") -> bool:
+    return isinstance(task.exception(), BrokerSetupError)
+
+
+async def _first(*waits: Any) -> None:
+    """Return when the first of `waits` does; the tasks we made for it are cancelled."""
+    own = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(own, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(own, waits, strict=True):
+            if task is not wait:
+                task.cancel()
+
+
+def run(settings: WorkerSettings) -> int:
+    """Run a worker until it is told to stop; returns the process's exit code.
+
+    Raises:
+        RollfleetError: Settings or set-up are refused; the command prints it and exits with 2.
+    """
+    configure_logs(settings.log_level, settings.log_format)
+
+    async def main() -> int:
+        worker = Worker(settings)
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, worker.stop)
+        return await worker.run()
+
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return asyncio.run(main())
+    return uvloop.run(main())

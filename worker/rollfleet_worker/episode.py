@@ -1,0 +1,142 @@
+"""One episode: workflow, validation, header; any failure becomes a record, never an exception.
+
+- The boundary stands here: whatever user code raises leaves as a typed Failure.
+- An infrastructure failure is never turned into a sample with reward zero.
+- Cancellation passes through: a cancelled episode has no outcome.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rollfleet_common.codec import encode_samples
+from rollfleet_common.errors import (
+    DataError,
+    EpisodeError,
+    FailureKind,
+    InvalidSampleError,
+    OversizeError,
+    boundary,
+)
+from rollfleet_common.leases import Failure
+from rollfleet_common.messages import Claim, Header, PolicyVersion, Sample
+from rollfleet_common.streams import Delivery
+from rollfleet_common.validate import check_samples
+from rollfleet_worker.inference.engine import Engine, Sampling
+from rollfleet_worker.metrics import Metrics
+from rollfleet_worker.rewards.base import RewardPool
+from rollfleet_worker.workflows.base import Context, Workflow
+
+__all__ = ["Episodes"]
+
+
+class Episodes:
+    """Runs episodes with the parts they share."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        workflows: Mapping[str, Workflow],
+        engine: Engine | None,
+        rewards: RewardPool,
+        sampling: Sampling,
+        timeout_s: float,
+        max_rollout_bytes: int,
+        metrics: Metrics,
+    ) -> None:
+        self.worker = worker
+        self.workflows = workflows
+        self.engine = engine
+        self.rewards = rewards
+        self.sampling = sampling
+        self.timeout_s = timeout_s
+        self.max_rollout_bytes = max_rollout_bytes
+        self.metrics = metrics
+
+    async def run(self, claim: Claim, policy: PolicyVersion) -> Delivery | Failure:
+        """Run the workflow of the claim's route; returns what to deliver, or why there is nothing."""
+        began = time.time()
+        context = Context(claim, policy.version, self.engine, self.sampling, self.rewards)
+        where = f"group {claim.prompt.group} #{claim.index} on {self.worker}"
+        try:
+            samples = await self._samples(claim, context, where)
+            payload = self._encode(samples, where)
+        except EpisodeError as exc:
+            return Failure(exc.kind, f"{type(exc).__name__}: {exc}", self.worker)
+        except (InvalidSampleError, OversizeError) as exc:
+            return Failure(FailureKind.DATA, f"{type(exc).__name__}: {exc}", self.worker)
+        header = self._header(claim, context, policy, samples, payload, began)
+        self.metrics.episode_s.observe(time.time() - began)
+        self.metrics.reward_s.observe(context.reward_s)
+        return Delivery(header, payload)
+
+    def _encode(self, samples: Sequence[Sample], where: str) -> bytes:
+        payload = encode_samples(samples)
+        if len(payload) > self.max_rollout_bytes:
+            raise OversizeError(
+                f"{where}: its rollout is {len(payload):,} bytes, over the cap of "
+                f"{self.max_rollout_bytes:,} (max_rollout_bytes); send large extras by reference"
+            )
+        return payload
+
+    async def _samples(self, claim: Claim, context: Context, where: str) -> Sequence[Sample]:
+        workflow = self.workflows[claim.prompt.route]
+        with boundary(DataError, f"workflow {type(workflow).__name__}, {where}"):
+            async with asyncio.timeout(self.timeout_s):
+                made: Any = await workflow.run(claim.prompt, context)
+            samples = [made] if isinstance(made, Sample) else made
+            if not isinstance(samples, Sequence) or not all(isinstance(s, Sample) for s in samples):
+                raise TypeError(
+                    f"it returned {_describe(made)}; `run` must return a Sample or a list of them"
+                )
+            check_samples(samples, where=where)
+        return samples
+
+    def _header(
+        self,
+        claim: Claim,
+        context: Context,
+        policy: PolicyVersion,
+        samples: Sequence[Sample],
+        payload: bytes,
+        began: float,
+    ) -> Header:
+        prompt = claim.prompt
+        trained = [int(s.loss_mask.sum()) for s in samples]
+        oldest = [
+            s.versions.oldest(s.loss_mask) for s, n in zip(samples, trained, strict=True) if n
+        ]
+        return Header(
+            group=prompt.group,
+            index=claim.index,
+            n=prompt.n,
+            attempt=claim.attempt,
+            kind=prompt.kind,
+            route=prompt.route,
+            task=prompt.task,
+            position=prompt.position,
+            entry=claim.entry,
+            payload=f"{claim.entry}:{secrets.token_hex(4)}",
+            payload_bytes=len(payload),
+            epoch=policy.epoch,
+            min_version=min(oldest, default=policy.version),
+            max_version=max(s.versions.newest() for s in samples),
+            samples=len(samples),
+            tokens=sum(len(s.token_ids) for s in samples),
+            trained_tokens=sum(trained),
+            reward=samples[0].reward,
+            worker=self.worker,
+            server=context.server,
+            queue_ms=max(int(began * 1000) - claim.queued_ms, 0),
+            generate_ms=int(context.generate_s * 1000),
+            reward_ms=int(context.reward_s * 1000),
+        )
+
+
+def _describe(made: object) -> str:
+    if isinstance(made, Sequence) and not isinstance(made, str | bytes):
+        return f"a {type(made).__name__} of {sorted({type(part).__name__ for part in made})}"
+    return "None" if made is None else f"a {type(made).__name__}"

@@ -1,0 +1,67 @@
+"""Versions come in here: the board is followed by a blocking read with a poll behind it.
+
+- Whatever is missed by the read (a cut connection, a trimmed entry) the poll catches up with.
+- Before a trainer has opened the run there is no board; workers wait for it, and say so.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from redis.exceptions import ResponseError
+
+from rollfleet_common.board import Board, Shape
+from rollfleet_common.messages import NO_VERSION, PolicyVersion
+from rollfleet_common.redis import is_transient, retry
+
+__all__ = ["Follower"]
+
+log = structlog.get_logger("rollfleet.worker")
+
+#: How long one blocking read waits: also the longest that a lost wake-up goes unnoticed.
+BLOCK_MS = 1000
+
+
+class Follower:
+    """What this worker knows of the board."""
+
+    def __init__(
+        self, board: Board, reader: Any, on_wait: Callable[[Exception, float], None]
+    ) -> None:
+        self.board = board
+        self.reader = reader
+        self.policy = PolicyVersion(NO_VERSION, 0)
+        self.shape: Shape | None = None
+        self.opened = asyncio.Event()
+        self._on_wait = on_wait
+
+    @property
+    def paused(self) -> bool:
+        """Whether the trainer asked for nothing new; a pause expires by itself."""
+        return self.policy.paused_until_ms > time.time() * 1000
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Follow until `stopping` is set."""
+        last = "$"
+        while not stopping.is_set():
+            await retry(self._read, what="read the board", deadline_s=None, on_wait=self._on_wait)
+            try:
+                last = await self.board.wait(self.reader, last, BLOCK_MS)
+            except Exception as exc:
+                if not is_transient(exc) and not isinstance(exc, ResponseError):
+                    raise
+                last = "$"  # the stream was lost or trimmed: the poll is the truth
+
+    async def _read(self) -> None:
+        found = await self.board.read()
+        if found is None:
+            return
+        policy, shape = found
+        if policy != self.policy:
+            log.info(
+                "following", version=policy.version, epoch=policy.epoch, weights=policy.weights
+            )
+        self.policy, self.shape = policy, shape
+        self.opened.set()
