@@ -1,0 +1,282 @@
+"""4. consume: headers off the stream, groups whole, the stale dropped, batches chosen.
+
+- Only headers are read here; a group that is dropped moves no payload.
+- Whatever was read and not settled is this trainer's to settle: after a lost reply, after a crash,
+  and from a reader that was superseded, it is found again in the pending list.
+- Nothing is acknowledged before its verdict is final.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import structlog
+from redis.exceptions import ResponseError
+
+from rollfleet.freshness import Policy
+from rollfleet.groups import Group, Groups, Member
+from rollfleet_common.leases import quarantine
+from rollfleet_common.messages import Header, Kind
+from rollfleet_common.redis import is_transient, retry
+from rollfleet_common.staleness import replayed
+from rollfleet_common.streams import Arrivals, Garbage, Streams
+
+__all__ = ["Consumer"]
+
+log = structlog.get_logger("rollfleet.trainer")
+
+BLOCK_MS = 500
+#: Headers of one read.
+COUNT = 500
+#: Seconds between two looks for entries that were read in a reply we never saw.
+ADOPT_S = 10.0
+#: Trained samples that are remembered: many times what one second can lose.
+RECENT = 20_000
+
+
+class Consumer:
+    """Reads all partitions of a run for one trainer."""
+
+    def __init__(
+        self,
+        *,
+        token: str,
+        streams: Sequence[Streams],
+        readers: Sequence[Any],
+        policy: Policy,
+        version: Callable[[], int],
+        rollbacks: Sequence[tuple[int, int]],
+        settled: Callable[[int], None],
+        on_wait: Callable[[Exception, float], None],
+    ) -> None:
+        self.token = token
+        self.streams = streams
+        self.readers = readers
+        self.policy = policy
+        self.version = version
+        self.rollbacks = rollbacks
+        self.settled = settled
+        self.on_wait = on_wait
+        self.groups = Groups()
+        #: Closed groups that may be trained on, for train and eval.
+        self.ready: dict[str, Group] = {}
+        self.evals: dict[str, Group] = {}
+        #: Set whenever something arrived, for those who wait.
+        self.news = asyncio.Event()
+        #: Batch of an earlier life by group: served first and in that order.
+        self.replay: dict[str, int] = {}
+        #: (group, index) trained since the last checkpoint.
+        self.recent: dict[tuple[str, int], None] = {}
+        #: Groups that are waited for by name, and so are no part of other batches.
+        self.reserved: set[str] = set()
+        #: Of these, the ones that were dropped.
+        self.given_up: set[str] = set()
+        self.drops: dict[str, int] = {}
+        self._held: list[set[str]] = [set() for _ in streams]
+        self._tombs: list[set[str]] = [set() for _ in streams]
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    async def run(self, partition: int) -> None:
+        """Read one partition until cancelled."""
+        adopt_at = 0.0
+        while True:
+            try:
+                if time.monotonic() >= adopt_at:
+                    await self.adopt(partition)
+                    adopt_at = time.monotonic() + ADOPT_S
+                arrivals = await self.streams[partition].consume(
+                    self.readers[partition], self.token, COUNT, BLOCK_MS
+                )
+            except Exception as exc:
+                adopt_at = 0.0  # a reply may be lost, or the stream anew: look at what is pending
+                if isinstance(exc, ResponseError) and _group_gone(exc):
+                    raise
+                if not is_transient(exc):
+                    raise
+                self.on_wait(exc, 1.0)
+                await asyncio.sleep(0.2)
+                continue
+            await self._take_in(partition, arrivals)
+
+    async def adopt(self, partition: int) -> None:
+        """Own what is unsettled, and take in what we have not seen of it."""
+        streams = self.streams[partition]
+        rollouts, tombstones = await streams.adopt(self.token, self.token)
+        unseen = set(rollouts) - self._held[partition] | set(tombstones) - self._tombs[partition]
+        if not unseen:
+            return
+        since = ("0-0", "0-0")
+        while True:
+            arrivals = await streams.consume(streams.client, self.token, COUNT, None, since=since)
+            await self._take_in(partition, arrivals)
+            after = (
+                _last(arrivals.headers, arrivals.garbage, since[0]),
+                _last(arrivals.tombstones, arrivals.garbage_tombstones, since[1]),
+            )
+            if after == since:
+                return
+            since = after
+
+    async def _take_in(self, partition: int, arrivals: Arrivals) -> None:
+        if not any((arrivals.headers, arrivals.tombstones, *_garbage(arrivals))):
+            return
+        closed: list[Group] = []
+        duplicates: list[tuple[str, Kind, str]] = []
+        for entry, header in arrivals.headers:
+            if entry in self._held[partition]:
+                continue
+            self._held[partition].add(entry)
+            oldest = replayed(header.min_version, header.epoch, self.rollbacks)
+            group, twice = self.groups.arrive(partition, Member(entry, header, oldest))
+            if twice or (header.group, header.index) in self.recent or self._known(header):
+                duplicates.append((entry, header.kind, header.payload))
+                self._held[partition].discard(entry)
+            elif group is not None:
+                closed.append(group)
+        for entry, tombstone in arrivals.tombstones:
+            if entry in self._tombs[partition]:
+                continue
+            self._tombs[partition].add(entry)
+            if tombstone.kind is Kind.TRAIN:
+                self.settled(1)
+            if (group := self.groups.bury(partition, entry, tombstone)) is not None:
+                closed.append(group)
+        await self._quarantine(partition, arrivals)
+        if duplicates:
+            await self._settle(partition, "drop:duplicate", duplicates)
+        for group in closed:
+            await self._judge(group)
+        self.news.set()
+
+    def _known(self, header: Header) -> bool:
+        """Whether a closed group holds this sample already."""
+        group = self.ready.get(header.group) or self.evals.get(header.group)
+        return group is not None and header.index in group.members
+
+    async def _quarantine(self, partition: int, arrivals: Arrivals) -> None:
+        streams = self.streams[partition]
+        for stream, bad in zip(
+            (streams.keys.rollouts, streams.keys.tombstones), _garbage(arrivals), strict=True
+        ):
+            for garbage in bad:
+                log.error(
+                    "garbage on a stream", stream=stream, entry=garbage.entry, why=garbage.why
+                )
+                await quarantine(streams.client, streams.keys, stream, "trainer", garbage)
+
+    # ---- verdicts ----------------------------------------------------------------------------
+
+    async def _judge(self, group: Group) -> None:
+        if group.kind is Kind.EVAL:
+            self.evals[group.name] = group
+        elif not group.members:
+            await self.drop([group], "dead")
+        elif (reason := self.policy.judge(group, self.version())) is None or reason == "future":
+            self.ready[group.name] = group  # the future may come: judged again at hand-over
+        else:
+            await self.drop([group], reason)
+
+    def choose(self, samples: int) -> list[Group]:
+        """Ready groups, oldest first, until they hold `samples`; fewer if there are not so many."""
+        chosen: list[Group] = []
+        for group in sorted(self.ready.values(), key=self._order):
+            if group.name in self.reserved:
+                continue
+            if samples <= 0:
+                break
+            chosen.append(group)
+            samples -= len(group.members)
+        return chosen
+
+    def _order(self, group: Group) -> tuple[float, int, int]:
+        return self.replay.get(group.name, float("inf")), group.oldest, group.seq
+
+    async def sweep(self, groups: Iterable[Group]) -> list[Group]:
+        """THE guarantee: judge at the version of this moment; returns what may be trained on."""
+        fresh: list[Group] = []
+        stale: dict[str, list[Group]] = {}
+        for group in groups:
+            reason = self.policy.judge(group, self.version())
+            if reason is None:
+                fresh.append(group)
+            else:
+                stale.setdefault(reason, []).append(group)
+        for reason, dropped in stale.items():
+            await self.drop(dropped, reason)
+        return fresh
+
+    async def drop(self, groups: Sequence[Group], reason: str) -> None:
+        """Drop whole groups; their credit returns."""
+        for partition in {group.partition for group in groups}:
+            here = [group for group in groups if group.partition == partition]
+            rollouts = [m for group in here for m in group.members.values()]
+            if reason == "torn" and any("stale" in group.reasons for group in here):
+                reason = "stale"
+            self.given_up |= {group.name for group in here} & self.reserved
+            for group in here:
+                self.ready.pop(group.name, None)
+                log.info(
+                    "group dropped",
+                    group=group.name,
+                    reason=reason,
+                    samples=len(group.members),
+                    missing=group.reasons,
+                    oldest=group.oldest if group.members else None,
+                    version=self.version(),
+                )
+            await self._settle(
+                partition,
+                f"drop:{reason}",
+                [(m.entry, m.header.kind, m.header.payload) for m in rollouts],
+                here,
+            )
+            self.drops[reason] = self.drops.get(reason, 0) + len(rollouts)
+            self.settled(len(rollouts))
+
+    def remember(self, trained: Iterable[tuple[str, int]]) -> None:
+        """Note what was trained, so that a Redis that lost its last second cannot repeat it."""
+        self.recent.update(dict.fromkeys(trained))
+        for old in list(self.recent)[: max(len(self.recent) - RECENT, 0)]:
+            del self.recent[old]
+
+    def forget(self, group: Group) -> None:
+        """A group left for a batch that was committed."""
+        self.ready.pop(group.name, None)
+        self.replay.pop(group.name, None)
+        self._held[group.partition] -= {member.entry for member in group.members.values()}
+        self._tombs[group.partition] -= {entry for entry, _ in group.tombstones.values()}
+
+    async def _settle(
+        self,
+        partition: int,
+        verb: str,
+        rollouts: Sequence[tuple[str, Kind, str]],
+        groups: Sequence[Group] = (),
+    ) -> None:
+        tombstones = [entry for group in groups for entry, _ in group.tombstones.values()]
+        await retry(
+            lambda: self.streams[partition].settle(
+                self.token, verb, rollouts, [group.name for group in groups], tombstones
+            ),
+            what=f"{verb} {len(rollouts)} rollouts",
+            deadline_s=None,
+            on_wait=self.on_wait,
+        )
+        for group in groups:
+            self.forget(group)
+
+
+def _garbage(arrivals: Arrivals) -> tuple[list[Garbage], list[Garbage]]:
+    return arrivals.garbage, arrivals.garbage_tombstones
+
+
+def _group_gone(exc: ResponseError) -> bool:
+    return "NOGROUP" in str(exc) or "UNBLOCKED" in str(exc)
+
+
+def _last(rows: Sequence[tuple[str, Any]], garbage: Sequence[Garbage], since: str) -> str:
+    """The last entry of a read, by its two numbers."""
+    entries = [since, *(entry for entry, _ in rows), *(g.entry for g in garbage)]
+    return max(entries, key=lambda entry: tuple(map(int, entry.split("-"))))

@@ -1,0 +1,114 @@
+"""What a trainer finds when it opens a run that had one before: batches half-way to commitment.
+
+- The plan of a batch at run level is the commit point; partitions are rolled forward from it, by
+  this trainer or the next, any number of times.
+- A batch that was handed out or trained but not committed is owed again, in its old order: whoever
+  commits only at checkpoints gets back exactly what was trained since the last one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from rollfleet.groups import Group
+from rollfleet_common.board import Board
+from rollfleet_common.errors import CodecError
+from rollfleet_common.messages import Kind
+from rollfleet_common.streams import Streams
+
+__all__ = ["Plan", "recover"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which rollouts a batch holds, and how far it got."""
+
+    number: int
+    #: "handed", "trained" or "committed".
+    state: str
+    #: (partition, entry, kind, payload suffix) of each rollout.
+    rollouts: tuple[tuple[int, str, Kind, str], ...]
+    #: (partition, name) of each group.
+    groups: tuple[tuple[int, str], ...]
+    #: (partition, entry) of each tombstone that goes with them.
+    tombstones: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of(cls, number: int, state: str, groups: Sequence[Group]) -> "Plan":
+        """The plan of a batch of `groups`."""
+        return cls(
+            number=number,
+            state=state,
+            rollouts=tuple(
+                (g.partition, m.entry, m.header.kind, m.header.payload)
+                for g in groups
+                for m in g.members.values()
+            ),
+            groups=tuple((g.partition, g.name) for g in groups),
+            tombstones=tuple((g.partition, e) for g in groups for e, _ in g.tombstones.values()),
+        )
+
+    def dumps(self) -> bytes:
+        """As it stands in Redis."""
+        packed: bytes = msgpack.packb([1, self.state, self.rollouts, self.groups, self.tombstones])
+        return packed
+
+    @classmethod
+    def loads(cls, number: int, packed: bytes) -> "Plan":
+        """The inverse of :meth:`dumps`.
+
+        Raises:
+            CodecError: It is no plan of ours.
+        """
+        try:
+            _, state, rollouts, groups, tombstones = msgpack.unpackb(packed)
+            return cls(
+                number=number,
+                state=state,
+                rollouts=tuple((p, e, Kind(k), s) for p, e, k, s in rollouts),
+                groups=tuple((p, g) for p, g in groups),
+                tombstones=tuple((p, e) for p, e in tombstones),
+            )
+        except (ValueError, TypeError) as exc:
+            raise CodecError(f"plan of batch {number}: {exc}") from exc
+
+    async def settle(self, verb: str, token: str, streams: Sequence[Streams]) -> None:
+        """Carry `verb` (train, commit) out in every partition; repeats change nothing."""
+        closing = verb == "commit"
+        for partition, here in enumerate(streams):
+            rollouts = [(e, k, s) for p, e, k, s in self.rollouts if p == partition]
+            groups = [g for p, g in self.groups if p == partition] if closing else []
+            tombstones = [e for p, e in self.tombstones if p == partition] if closing else []
+            if rollouts or groups:
+                await here.settle(token, verb, rollouts, groups, tombstones)
+
+
+async def recover(
+    board: Board, token: str, streams: Sequence[Streams], last_trained: int
+) -> dict[str, int]:
+    """Finish or undo every plan that stands.
+
+    Args:
+        board: Of the run.
+        token: The trainer's.
+        streams: Of every partition, in order.
+        last_trained: Number of the last batch in the trainer's checkpoint: it and all before it
+            are committed. 0: the trainer has no checkpoint, or committed all it holds.
+
+    Returns:
+        Batch by group name, of the groups that are owed again.
+    """
+    replay: dict[str, int] = {}
+    for number, packed in (await board.plans()).items():
+        plan = Plan.loads(number, packed)
+        if plan.state == "committed" or number <= last_trained:
+            await plan.settle("commit", token, streams)
+        else:
+            for partition, here in enumerate(streams):
+                owed: list[Any] = [(e, k) for p, e, k, _ in plan.rollouts if p == partition]
+                await here.untrain(token, owed)
+            replay.update({name: number for _, name in plan.groups})
+        await board.plan(token, number, None)
+    return replay

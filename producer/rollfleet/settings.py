@@ -1,0 +1,93 @@
+"""What a trainer can be told, by argument, variable or TOML file."""
+
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from rollfleet_common.settings import Settings
+from rollfleet_common.units import Bytes, Seconds
+from rollfleet_common.staleness import check_shape
+
+__all__ = ["TrainerSettings"]
+
+
+class TrainerSettings(Settings):
+    """The settings of one trainer. All counts are in samples."""
+
+    part: ClassVar[str] = "trainer"
+
+    redis_url: str = Field(
+        "embedded://",
+        min_length=1,
+        repr=False,
+        description="Where Redis is: redis://, rediss:// (TLS), unix:// or embedded://.",
+    )
+    samples_per_version: int = Field(
+        256, description="Samples that one version of the policy is trained on."
+    )
+    batch_size: int | None = Field(
+        None, description="Samples of one batch; samples_per_version if not given."
+    )
+    group_size: int = Field(8, description="Samples of one prompt (GRPO).")
+    max_staleness: int = Field(
+        2, description="Versions that a sample's oldest trained token may be behind at hand-over."
+    )
+    pipeline_depth: int | None = Field(
+        None,
+        description="Versions that rollouts may be started ahead of; max_staleness if not given.",
+    )
+    min_group_size: int | None = Field(
+        None,
+        ge=1,
+        description="Train on a torn group if so many of its samples came; whole groups only if "
+        "not given.",
+    )
+    partitions: int = Field(
+        1, ge=1, le=1024, description="Hash tags that the run is spread over, for a Redis Cluster."
+    )
+    max_prompt_bytes: Bytes = Field(1 << 20, ge=256, description="Largest encoded prompt.")
+    reserve_bytes: Bytes = Field(
+        1 << 20, ge=1, description="Memory to reserve in Redis for one rollout, if it has a limit."
+    )
+    lease_s: Seconds = Field(
+        10.0, ge=1, description="Silence after which another trainer may open the run."
+    )
+    starve_s: Seconds = Field(
+        1800.0, gt=0, description="Longest wait for a batch before StarvedError says why."
+    )
+    servers: list[str] = Field(
+        default_factory=list,
+        description="Inference servers that publish() refits; none if the trainer does it itself.",
+    )
+    strict: bool = Field(
+        default=False, description="Refuse a Redis that may lose data instead of warning."
+    )
+    take_over: bool = Field(
+        default=False, description="Open the run even if another trainer holds it."
+    )
+    fresh: bool = Field(default=False, description="Delete what the run holds, and begin anew.")
+
+    @property
+    def depth(self) -> int:
+        """`pipeline_depth`, or what it is when not given."""
+        return self.max_staleness if self.pipeline_depth is None else self.pipeline_depth
+
+    @property
+    def batch(self) -> int:
+        """`batch_size`, or what it is when not given."""
+        return self.samples_per_version if self.batch_size is None else self.batch_size
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        check_shape(
+            samples_per_version=self.samples_per_version,
+            batch_size=self.batch,
+            group_size=self.group_size,
+            max_staleness=self.max_staleness,
+            pipeline_depth=self.depth,
+        )
+        if self.min_group_size is not None and self.min_group_size > self.group_size:
+            raise ValueError(
+                f"min_group_size = {self.min_group_size} is more than group_size = {self.group_size}"
+            )
+        return self

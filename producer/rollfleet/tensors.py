@@ -1,0 +1,132 @@
+"""A batch of padded tensors: what every field is, in shape, dtype and pad value.
+
+- A *row* is one training sequence. A rollout whose conversation forked gives several rows, which
+  share a rollout id, so that a loss can divide by rollouts and statistics count each once.
+- Padding can be told from data in every field: versions -1, so that it never looks like version 0,
+  masks False, log-probabilities 0.0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rollfleet_common.messages import NO_VERSION, Header
+
+__all__ = ["GroupStats", "TensorBatch", "group_stats"]
+
+_Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBatch:
+    """B rows padded to T tokens, from R rollouts of G groups."""
+
+    #: int64 or int32 [B, T]: token ids; `pad_id` in padding.
+    input_ids: Tensor
+    #: bool[B, T]: True on tokens; False in padding.
+    attention_mask: Tensor
+    #: bool[B, T]: True on tokens that are trained on; False in padding.
+    loss_mask: Tensor
+    #: float32[B, T]: log-probability under the policy that sampled the token; 0.0 elsewhere.
+    logprobs: Tensor
+    #: int32[B, T]: version of the policy that made the token; -1 where none did and in padding.
+    versions: Tensor
+    #: float32[B].
+    rewards: Tensor
+    #: int64[B]: which group a row belongs to, 0 .. G-1: its name is `groups[id]`.
+    group_ids: Tensor
+    #: int64[B]: which rollout a row came from, 0 .. R-1: its header is `headers[id]`.
+    rollout_ids: Tensor
+    #: int64[B]: tokens in a row, without padding.
+    lengths: Tensor
+    #: int64[B]: version of the oldest trained token of a row; -1 if none is trained.
+    oldest: Tensor
+    #: float32[B] each: parts of the reward; NaN where a row has none (``missing="fill"``).
+    components: dict[str, Tensor]
+    #: float32[B] each: the user's numbers; NaN where a row has none.
+    metrics: dict[str, Tensor]
+    #: The user's arrays of one value a token, [B, T, ...] in their own dtype, 0 in padding and in
+    #: rows without; and those without dimensions, [B], NaN in rows without.
+    arrays: dict[str, Tensor]
+    #: The user's other arrays, one a row as they came (read-only); None in rows without.
+    lists: dict[str, list[_Array | None]]
+    #: Why generation ended, a row.
+    finish_reasons: tuple[str, ...]
+    #: Headers of the R rollouts, names of the G groups.
+    headers: tuple[Header, ...]
+    groups: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.input_ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding; waits for the device if the batch is on one."""
+        return int(self.lengths.sum())
+
+    def staleness(self, version: int) -> Tensor:
+        """int64[B]: versions between a trainer at `version` and each row's oldest trained token.
+
+        Rows that train nothing are 0 versions behind.
+        """
+        return torch.where(self.oldest == NO_VERSION, 0, version - self.oldest)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TensorBatch":
+        """The batch with its tensors on `device`; lists, headers and names stay where they are."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TensorBatch":
+        """The batch in page-locked memory; needs a CUDA device. ``collate(pin=True)`` saves a copy."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "TensorBatch":
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif field.name in ("components", "metrics", "arrays"):
+                changed[field.name] = {key: change(tensor) for key, tensor in value.items()}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStats:
+    """Rewards by group; ``stats.mean[batch.group_ids]`` gives each row its group's."""
+
+    #: float32[G].
+    mean: Tensor
+    #: float32[G]; 0.0 in a group of one.
+    std: Tensor
+    #: int64[G]: rollouts of the group in this batch.
+    size: Tensor
+
+
+def group_stats(batch: TensorBatch, *, correction: int = 1) -> GroupStats:
+    """Mean and standard deviation of rewards by group, each rollout counted once.
+
+    A rollout that forked counts with the reward of its first row, as its header does.
+
+    Args:
+        batch: On any device; the statistics are made there.
+        correction: Subtracted from a group's size under the variance, as in `torch.std`: 1 as most
+            GRPO trainers do, 0 for the population's.
+    """
+    rows, groups = len(batch.rewards), len(batch.groups)
+    device = batch.rewards.device
+    first = torch.full((len(batch.headers),), rows, device=device)
+    order = torch.arange(rows, device=device)
+    first = first.scatter_reduce(0, batch.rollout_ids, order, "amin")
+    rewards, ids = batch.rewards[first], batch.group_ids[first]
+    zeros = torch.zeros(groups, device=device)
+    size = torch.zeros(groups, dtype=torch.int64, device=device)
+    size = size.index_add(0, ids, torch.ones_like(ids))
+    mean = zeros.index_add(0, ids, rewards) / size
+    squares = zeros.index_add(0, ids, (rewards - mean[ids]).square())
+    return GroupStats(mean, (squares / (size - correction).clamp(min=1)).sqrt(), size)
