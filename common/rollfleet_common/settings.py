@@ -19,7 +19,6 @@ One file serves all parts: what they share stands at its top, the rest in a sect
 
 import argparse
 import difflib
-import json
 import logging
 import os
 import re
@@ -30,7 +29,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NoReturn, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 from pydantic_settings import (
@@ -42,8 +41,9 @@ from pydantic_settings import (
 
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import check_name
+from rollfleet_common.units import DURATION_S, SIZE_BYTES, units_of
 
-__all__ = ["ENV_PREFIX", "PARTS", "Bytes", "Described", "Listed", "Name", "Seconds", "Settings"]
+__all__ = ["ENV_PREFIX", "PARTS", "Described", "Name", "Settings"]
 
 ENV_PREFIX = "ROLLFLEET_"
 #: Sections that a TOML file may have: one file serves all parts, each reads its own.
@@ -53,52 +53,6 @@ _OTHER_ENV = ("ROLLFLEET_CONFIG", "ROLLFLEET_TEST_")
 
 _log = logging.getLogger("rollfleet.settings")
 
-_DURATION_S = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_SIZE_BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def _measured(value: Any, units: Mapping[str, float], allowed: str) -> Any:
-    """`value` in the base unit if it is text with a unit; pydantic judges everything else."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
-    if found is None or (unit := found.group(2).lower()) not in units:
-        raise ValueError(f"should be {allowed}")
-    scaled = float(found.group(1)) * units[unit]
-    return int(scaled) if scaled.is_integer() else scaled
-
-
-def _seconds(value: Any) -> Any:
-    return _measured(
-        value, _DURATION_S, 'a number of seconds or a time such as "250ms", "30s", "5m"'
-    )
-
-
-def _bytes(value: Any) -> Any:
-    return _measured(value, _SIZE_BYTES, 'a number of bytes or a size such as "64KiB", "16MiB"')
-
-
-def _listed(value: Any) -> Any:
-    """Text as variables and flags write lists: JSON, or separated by commas."""
-    if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            try:
-                return json.loads(value)
-            except ValueError as exc:
-                raise ValueError(f"should be a JSON list or separated by commas ({exc})") from None
-        value = [value]
-    if isinstance(value, Sequence) and all(isinstance(part, str) for part in value):
-        return [word.strip() for part in value for word in part.split(",") if word.strip()]
-    return value
-
-
-#: A duration: a number of seconds, or text such as ``"30s"``, ``"5m"``, ``"250ms"``.
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False)]
-#: A size: a number of bytes, or text such as ``"16MiB"``.
-Bytes = Annotated[int, BeforeValidator(_bytes)]
-#: Marks a list that variables may give as ``a,b`` or as JSON, and flags one by one.
-Listed = BeforeValidator(_listed)
 #: What may stand in a Redis key.
 Name = Annotated[str, AfterValidator(lambda name: check_name(name, "the name"))]
 
@@ -337,14 +291,6 @@ def _repeatable(field: FieldInfo) -> bool:
     return getattr(field.annotation, "__origin__", None) in (list, dict)
 
 
-def _units(field: FieldInfo) -> Mapping[str, float]:
-    """The units in which a value may be written; none for a plain number."""
-    validators = [m.func for m in field.metadata if isinstance(m, BeforeValidator)]
-    if _seconds in validators:
-        return _DURATION_S
-    return _SIZE_BYTES if _bytes in validators else {}
-
-
 def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
     if default in (None, PydanticUndefined, [], {}):
@@ -353,9 +299,9 @@ def _default(field: FieldInfo) -> str:
         return str(default).lower()
     if not isinstance(default, (int, float)):
         return str(default)
-    if _units(field) is _DURATION_S:
+    if units_of(field) is DURATION_S:
         return f"{default:g}s"
-    if _units(field) is _SIZE_BYTES and default % 2**20 == 0:
+    if units_of(field) is SIZE_BYTES and default % 2**20 == 0:
         return f"{int(default) // 2**20}MiB"
     return f"{default:g}"
 
@@ -363,8 +309,8 @@ def _default(field: FieldInfo) -> str:
 def _metavar(field: FieldInfo) -> str:
     if said := _extra(field, "metavar"):
         return said
-    if units := _units(field):
-        return "TIME" if units is _DURATION_S else "SIZE"
+    if units := units_of(field):
+        return "TIME" if units is DURATION_S else "SIZE"
     kinds = [k for k in get_args(field.annotation) or (field.annotation,) if k is not NoneType]
     if all(isinstance(kind, str) for kind in kinds):
         return "|".join(map(str, kinds))

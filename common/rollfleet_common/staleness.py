@@ -54,7 +54,12 @@ def replayed(version: int, epoch: int, rollbacks: Sequence[tuple[int, int]]) -> 
 
 
 def check_shape(
-    *, samples_per_version: int, group_size: int, max_staleness: int, pipeline_depth: int
+    *,
+    samples_per_version: int,
+    batch_size: int,
+    group_size: int,
+    max_staleness: int,
+    pipeline_depth: int,
 ) -> None:
     """Refuse a configuration that must wait for itself.
 
@@ -63,21 +68,28 @@ def check_shape(
     """
     for name, value, least in (
         ("samples_per_version", samples_per_version, 1),
+        ("batch_size", batch_size, 1),
         ("group_size", group_size, 1),
         ("max_staleness", max_staleness, 0),
         ("pipeline_depth", pipeline_depth, 0),
     ):
         if value < least:
             raise SettingsError(f"{name} is {value}; it must be at least {least}")
-    if samples_per_version % group_size:
+    if batch_size % group_size:
         raise SettingsError(
-            f"samples_per_version = {samples_per_version} is no multiple of group_size = "
-            f"{group_size}: whole groups would never fill a batch exactly "
-            f"({samples_per_version} = {samples_per_version // group_size} x {group_size} + "
-            f"{samples_per_version % group_size})"
+            f"batch_size = {batch_size} is no multiple of group_size = {group_size}: whole groups "
+            f"would never fill a batch exactly ({batch_size} = {batch_size // group_size} x "
+            f"{group_size} + {batch_size % group_size})"
+        )
+    room = (pipeline_depth + 1) * samples_per_version
+    if batch_size > room:
+        raise SettingsError(
+            f"batch_size = {batch_size} could never be reached: only (pipeline_depth + 1) x "
+            f"samples_per_version = ({pipeline_depth} + 1) x {samples_per_version} = {room} samples "
+            "may be outstanding, so the trainer would wait for ever; lower batch_size or raise "
+            "samples_per_version"
         )
     if pipeline_depth > max_staleness:
-        room = (pipeline_depth + 1) * samples_per_version
         raise SettingsError(
             f"pipeline_depth = {pipeline_depth} is more than max_staleness = {max_staleness}: "
             f"({pipeline_depth} + 1) x {samples_per_version} = {room} samples would be outstanding, "

@@ -272,7 +272,13 @@ class Streams:
     # ---- 4. consume --------------------------------------------------------------------------
 
     async def consume(
-        self, reader: Any, consumer: str, count: int, block_ms: int | None, *, since: str = ">"
+        self,
+        reader: Any,
+        consumer: str,
+        count: int,
+        block_ms: int | None,
+        *,
+        since: tuple[str, str] = (">", ">"),
     ) -> Arrivals:
         """Read headers and tombstones; payloads stay where they are.
 
@@ -281,14 +287,14 @@ class Streams:
             consumer: The trainer's name in the consumer group.
             count: At most this many of each.
             block_ms: None: do not wait.
-            since: ``">"`` for what nobody has read; an entry id for this consumer's own unsettled
-                ones after it.
+            since: Of rollouts and of tombstones: ``">"`` for what nobody has read; an entry id
+                for this consumer's own unsettled ones after it.
         """
         k = self.keys
         reply = await reader.xreadgroup(
             "trainer",
             consumer,
-            {k.rollouts: since, k.tombstones: since},
+            {k.rollouts: since[0], k.tombstones: since[1]},
             count=count,
             block=block_ms,
         )

@@ -18,48 +18,35 @@ import structlog
 
 from rollfleet.batch import Batch
 from rollfleet.capacity import Pacer
+from rollfleet.commit import Commits
 from rollfleet.consume import BLOCK_MS, Consumer
 from rollfleet.freshness import DropStale, Policy
 from rollfleet.groups import Group
+from rollfleet.opening import check, seize, wipe
+from rollfleet.payloads import Accept, Payloads
 from rollfleet.publish import refit
-from rollfleet.recover import Plan, recover
+from rollfleet.recover import recover
 from rollfleet.settings import TrainerSettings
-from rollfleet.submit import Feeder, to_prompt
-from rollfleet_common.board import Board, Shape
-from rollfleet_common.codec import decode_samples
-from rollfleet_common.errors import (
-    BrokerSetupError,
-    InvalidPromptError,
-    InvalidSampleError,
-    RollfleetError,
-    SettingsError,
-    StarvedError,
-    WireError,
-)
-from rollfleet_common.keys import RunKeys, partition_of
+from rollfleet.submit import Submitter
+from rollfleet_common.board import Board
+from rollfleet_common.errors import RollfleetError, SettingsError, StarvedError
+from rollfleet_common.keys import RunKeys
 from rollfleet_common.ledger import Books, read_books
-from rollfleet_common.messages import NO_VERSION, Kind, Prompt, Rollout
-from rollfleet_common.redis import check_server, connect, retry, safe_url
+from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.staleness import min_useful
-from rollfleet_common.streams import Streams, Submission, Submitted
-from rollfleet_common.validate import check_samples
+from rollfleet_common.streams import Streams
 
 __all__ = ["AsyncFleet"]
 
 log = structlog.get_logger("rollfleet.trainer")
 
-#: How long a blocked feeder or a waiting trainer goes without looking at the ledger itself.
+#: How long a waiting trainer goes without looking at the ledger itself.
 LOOK_S = 1.0
 #: How often a trainer that waits says why.
 SAY_S = 30.0
-#: Bytes of payloads fetched in one reply.
-FETCH_BYTES = 8 << 20
-#: Keys deleted at once by `fresh`.
-DELETE_AT_ONCE = 500
-#: How often `batch_of` submits a prompt that is given up.
+#: How often `rollout_batch` submits a prompt that is given up.
 TRIES = 8
-
-Accept = Callable[[Sequence[Rollout]], bool]
 
 
 class AsyncFleet:
@@ -72,6 +59,7 @@ class AsyncFleet:
             as ``rejected``, and another takes its place.
         state: What :meth:`state_dict` returned, to resume from that checkpoint.
         version: The policy's version now; None: wherever the run is (0 for a new one).
+        collate: Options of :func:`rollfleet.collate` for ``batch.tensors``.
     """
 
     def __init__(
@@ -88,10 +76,10 @@ class AsyncFleet:
         self.keys = RunKeys(settings.run)
         self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self.policy = policy or DropStale(settings.max_staleness, settings.min_group_size)
-        self.should_accept = should_accept
         self.pacer = Pacer(settings.depth, settings.samples_per_version)
         self.version = NO_VERSION
         self.epoch = 0
+        self._accept = should_accept
         self._state = dict(state or {})
         if self._state and self._state.get("run") != settings.run:
             raise SettingsError(
@@ -101,14 +89,7 @@ class AsyncFleet:
         self._collate = dict(collate or {})
         self._tasks: list[asyncio.Task[None]] = []
         self._error: RollfleetError | None = None
-        self._feeder: Feeder | None = None
-        self._fed = asyncio.Event()
-        self._credit = asyncio.Event()
-        self._cursor = NO_VERSION
-        self._number = 0
-        self._uncommitted: list[Batch] = []
         self._away_since: float | None = None
-        self._manual = 0
 
     # ---- opening and closing -----------------------------------------------------------------
 
@@ -126,12 +107,15 @@ class AsyncFleet:
             connect(s.redis_url, role=f"consume-{s.run}", blocking=True, block_s=BLOCK_MS / 1000)
             for _ in range(s.partitions)
         ]
+        self.board = Board(self._client, self.keys)
+        self.streams = [Streams(self._client, self.keys.partition(p)) for p in range(s.partitions)]
         try:
-            await self._check()
+            await check(self._client, s)
             if s.fresh:
-                await self._wipe()
-            await self._seize()
-            await self._prepare()
+                await wipe(self._client, self.keys)
+            seized = await seize(self.board, self.token, s, self._want)
+            self.epoch, self.version = seized.epoch, seized.version
+            await self._build()
         except BaseException:
             await self._disconnect()
             raise
@@ -156,17 +140,17 @@ class AsyncFleet:
 
     async def close(self) -> None:
         """Let go of the run. Prompts and rollouts stay for the next trainer. Idempotent."""
-        if self._feeder is not None:
-            self._feeder.stop()
+        if self.submitter.feeder is not None:
+            self.submitter.feeder.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        await self._disconnect(release=True)
+        await self._disconnect()
 
-    async def _disconnect(self, *, release: bool = False) -> None:
+    async def _disconnect(self) -> None:
         try:
-            if release and self.epoch:
+            if self.epoch:
                 await self.board.release(self.token)
         except Exception as exc:  # noqa: BLE001 - the lease runs out by itself
             log.warning("could not release the run", error=str(exc))
@@ -174,72 +158,16 @@ class AsyncFleet:
             for client in (self._client, *self._readers):
                 await client.aclose()
 
-    async def _check(self) -> None:
+    async def _build(self) -> None:
+        """Fence every partition, finish what was half done, and build the parts."""
         s = self.settings
-        report = await retry(
-            lambda: check_server(self._client, strict=s.strict),
-            what=f"reach Redis at {safe_url(s.redis_url)}",
-            deadline_s=10.0,
-            url=s.redis_url,
-        )
-        for warning in report.warnings:
-            log.warning(warning)
-        room = (s.depth + 1) * s.samples_per_version
-        need = room * s.reserve_bytes
-        if report.maxmemory_bytes and need > report.maxmemory_bytes:
-            raise BrokerSetupError(
-                f"Redis may hold {report.maxmemory_bytes:,} bytes (maxmemory), but "
-                f"(pipeline_depth + 1) x samples_per_version x reserve_bytes = ({s.depth} + 1) x "
-                f"{s.samples_per_version} x {s.reserve_bytes:,} = {need:,} bytes of rollouts may be "
-                "outstanding: raise maxmemory, or lower one of the three"
-            )
-
-    async def _wipe(self) -> None:
-        """Delete every key of the run."""
-        for pattern in (f"{self.keys.prefix}*", f"rf:{{{self.settings.run}/*"):
-            names = [name async for name in self._client.scan_iter(match=pattern, count=1000)]
-            for at in range(0, len(names), DELETE_AT_ONCE):
-                await self._client.unlink(*names[at : at + DELETE_AT_ONCE])
-
-    async def _seize(self) -> None:
-        """Wait out the lease of a trainer that died; refuse if it is alive."""
-        s = self.settings
-        shape = Shape(s.partitions, s.samples_per_version, s.max_staleness, s.depth)
-        self.board = Board(self._client, self.keys)
-        deadline = time.monotonic() + s.lease_s + 2
-        while True:
-            seized = await self.board.seize(
-                self.token,
-                int(s.lease_s * 1000),
-                self.token,
-                shape,
-                version=self._want,
-                take_over=s.take_over,
-            )
-            if seized.ok:
-                self.epoch, self.version = seized.epoch, seized.version
-                return
-            if time.monotonic() > deadline:
-                raise SettingsError(
-                    f"run {s.run!r} is held by trainer {seized.holder}, which renewed its lease "
-                    f"{s.lease_s - seized.left_ms / 1000:.1f} s ago: two trainers on one run would "
-                    "train on each other's rollouts. Choose another run name, stop the other "
-                    "trainer, or pass take_over=True to supersede it"
-                )
-            log.info("waiting for the run", holder=seized.holder, left_ms=seized.left_ms)
-            await asyncio.sleep(min(seized.left_ms / 1000 + 0.05, 1.0))
-
-    async def _prepare(self) -> None:
-        s = self.settings
-        self.streams = [Streams(self._client, self.keys.partition(p)) for p in range(s.partitions)]
         useful = min_useful(self.version, s.max_staleness)
-        for streams in self.streams:
-            cursor = await streams.open(self.token, self.epoch, self.version, useful)
-            self._cursor = max(self._cursor, cursor)
-        replay = await recover(
-            self.board, self.token, self.streams, int(self._state.get("batch", 0))
-        )
-        self._number = max(await self.board.last_batch(), int(self._state.get("batch", 0)))
+        cursors = [
+            await streams.open(self.token, self.epoch, self.version, useful)
+            for streams in self.streams
+        ]
+        last = int(self._state.get("batch", 0))
+        replay = await recover(self.board, self.token, self.streams, last)
         self.consumer = Consumer(
             token=self.token,
             streams=self.streams,
@@ -252,7 +180,29 @@ class AsyncFleet:
         )
         self.consumer.replay = replay
         self.consumer.remember((group, index) for group, index in self._state.get("recent", ()))
-        self.pacer.outstanding = (await self.books()).outstanding
+        self.payloads = Payloads(self.streams, self._accept, self.consumer.drop, self._on_wait)
+        self.commits = Commits(
+            board=self.board,
+            token=self.token,
+            streams=self.streams,
+            consumer=self.consumer,
+            pacer=self.pacer,
+            on_wait=self._on_wait,
+            number=max(await self.board.last_batch(), last),
+            collate=self._collate,
+        )
+        self.submitter = Submitter(
+            token=self.token,
+            prefix=f"m{self.epoch}",
+            streams=self.streams,
+            settings=s,
+            pacer=self.pacer,
+            books=self.books,
+            check=self._check,
+            on_wait=self._on_wait,
+            cursor=max(*cursors, int(self._state.get("position", 0)) - 1, NO_VERSION),
+        )
+        await self.submitter.look()
 
     def _spawn(self, life: Awaitable[None], name: str) -> None:
         async def guarded() -> None:
@@ -275,9 +225,9 @@ class AsyncFleet:
         log.error("the fleet failed", error=str(error))
         self._error = self._error or error
         self.consumer.news.set()
-        self._credit.set()
+        self.submitter.credit.set()
 
-    def _check_alive(self) -> None:
+    def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -285,11 +235,9 @@ class AsyncFleet:
         """Keep the trainer's lease."""
         while True:
             await asyncio.sleep(self.settings.lease_s / 3)
-            await retry(
+            await self._durably(
                 lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
-                what="renew the trainer's lease",
-                deadline_s=None,
-                on_wait=self._on_wait,
+                "renew the trainer's lease",
             )
             self._away_since = None
 
@@ -300,9 +248,21 @@ class AsyncFleet:
 
     def _settled(self, samples: int) -> None:
         self.pacer.settled(samples)
-        self._credit.set()
+        self.submitter.credit.set()
+
+    def _credit(self) -> None:
+        self.pacer.release()
+        self.submitter.credit.set()
+
+    async def _durably(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
+        await retry(call, what=what, deadline_s=None, on_wait=self._on_wait)
 
     # ---- 1. submit ---------------------------------------------------------------------------
+
+    @property
+    def feeding(self) -> bool:
+        """Whether an iterable is being submitted in the background."""
+        return self.submitter.feeding
 
     def feed(self, source: Iterable[Any]) -> None:
         """Submit the prompts of an iterable in the background, as the ledger allows.
@@ -312,45 +272,13 @@ class AsyncFleet:
         Raises:
             SettingsError: A feed is running already.
         """
-        if self.feeding:
-            raise SettingsError("a feed is running; one run is fed from one iterable at a time")
-        skip = max(self._cursor + 1, int(self._state.get("position", 0)))
-        if skip:
-            log.info("resuming the feed", skip=skip)
-        self._fed.clear()
-        loop = asyncio.get_running_loop()
-        self._feeder = Feeder(source, skip, self.settings.group_size, loop)
-        self._feeder.start()
-        self._spawn(self._feed(self._feeder), "feed")
+        self.submitter.begin(source)
 
-    @property
-    def feeding(self) -> bool:
-        """Whether an iterable is being submitted in the background."""
-        return self._feeder is not None and not self._fed.is_set()
-
-    async def _feed(self, feeder: Feeder) -> None:
-        try:
-            while (prompt := await feeder.peek()) is not None:
-                self._fits(prompt)
-                await self._room(prompt.n)
-                batch = feeder.more(max(self.pacer.room, prompt.n))
-                await self._submit([Submission(f"@{p.position}", p) for p in batch])
-                self._cursor = batch[-1].position
-                feeder.took(len(batch))
-        finally:
-            self._fed.set()
+        async def feed() -> None:
+            await self.submitter.feed()
             self.consumer.news.set()
 
-    async def _room(self, samples: int) -> None:
-        """Wait until the ledger has room for `samples`; its truth is read when nothing happens."""
-        while self.pacer.room < samples:
-            self._credit.clear()
-            try:
-                async with asyncio.timeout(LOOK_S):
-                    await self._credit.wait()
-            except TimeoutError:
-                self.pacer.outstanding = (await self.books()).outstanding
-            self._check_alive()
+        self._spawn(feed(), "feed")
 
     async def submit(self, item: Any) -> str:
         """Submit one prompt now, waiting for room; returns its group's name.
@@ -359,59 +287,7 @@ class AsyncFleet:
             InvalidPromptError, OversizeError: Nothing was sent.
             SupersededError: Another trainer has opened the run.
         """
-        self._check_alive()
-        group = f"m{self.epoch}-{self._manual}-{secrets.token_hex(3)}"
-        self._manual += 1
-        prompt = to_prompt(item, group=group, group_size=self.settings.group_size)
-        if prompt.kind is Kind.TRAIN:
-            self._fits(prompt)
-            await self._room(prompt.n)
-        await self._submit([Submission(group, prompt)])
-        return group
-
-    def _fits(self, prompt: Prompt) -> None:
-        s = self.settings
-        room = (s.depth + 1) * s.samples_per_version
-        if prompt.n > room:
-            raise InvalidPromptError(
-                f"prompt of group {prompt.group} asks for n = {prompt.n} samples, but only "
-                f"(pipeline_depth + 1) x samples_per_version = ({s.depth} + 1) x "
-                f"{s.samples_per_version} = {room} may be outstanding: it could never be submitted"
-            )
-
-    async def _submit(self, groups: Sequence[Submission]) -> None:
-        """Submit in order, all of them; each script call takes those of one partition in a row."""
-        left = list(groups)
-        while left:
-            partition = self._partition(left[0].prompt)
-            row = [g for g in left if self._partition(g.prompt) == partition]
-            if len(self.streams) > 1:  # in order over partitions: only the leading run of one
-                row = row[: next((i for i, g in enumerate(row) if g is not left[i]), len(row))]
-            # Partitions know their own part only: with several, the sum is ours to watch.
-            limit = self.pacer.limit if len(self.streams) == 1 else -1
-            states, outstanding = await retry(
-                lambda row=row, partition=partition, limit=limit: self.streams[partition].submit(  # type: ignore[misc]
-                    self.token, limit, row, self.settings.max_prompt_bytes
-                ),
-                what=f"submit {len(row)} prompts",
-                deadline_s=None,
-                on_wait=self._on_wait,
-            )
-            taken = sum(state is not Submitted.FULL for state in states)
-            if len(self.streams) == 1:
-                self.pacer.outstanding = outstanding
-            else:
-                self.pacer.outstanding += sum(
-                    g.prompt.n
-                    for g, state in zip(row, states, strict=True)
-                    if state is Submitted.YES and g.prompt.kind is Kind.TRAIN
-                )
-            del left[:taken]
-            if left and taken < len(row):
-                await self._room(left[0].prompt.n)
-
-    def _partition(self, prompt: Prompt) -> int:
-        return partition_of(prompt.group, len(self.streams))
+        return await self.submitter.submit(item)
 
     # ---- 4. consume --------------------------------------------------------------------------
 
@@ -432,30 +308,30 @@ class AsyncFleet:
         want = self.settings.batch if samples is None else samples
         limit_s = self.settings.starve_s if timeout_s is None else timeout_s
         began = time.monotonic()
-        self.pacer.release()
-        self._credit.set()
+        self._credit()
         while True:
             version = self.version
             groups = await self._gather(want, began, limit_s)
             if not groups:
                 return None
-            rollouts = await self._load(groups)
+            rollouts = await self.payloads.load(groups)
             fresh = [group for group in groups if group.name in rollouts]
             enough = sum(len(group.members) for group in fresh) >= want
-            if version != self.version or not (enough or (fresh and self._ended())):
-                continue  # published meanwhile, or some fell out: choose again
-            return await self._hand_over(fresh, rollouts, time.monotonic() - began)
+            # Published meanwhile, or some fell out: judge and choose again.
+            if version == self.version and (enough or (fresh and self._ended())):
+                waited_s = time.monotonic() - began
+                return await self.commits.hand_over(fresh, rollouts, version, waited_s)
 
     async def _gather(self, want: int, began: float, limit_s: float) -> list[Group]:
         """Wait for `want` fresh samples; fewer (or none) when the feed has ended."""
         say_at = began + SAY_S
         while True:
-            self._check_alive()
+            self._check()
             self.consumer.news.clear()
             groups = await self.consumer.sweep(self.consumer.choose(want))
-            if sum(len(group.members) for group in groups) >= want or (
-                self._ended() and len(groups) == len(self.consumer.choose(want))
-            ):
+            if sum(len(group.members) for group in groups) >= want:
+                return groups
+            if self._ended() and len(groups) == len(self.consumer.choose(want)):
                 return groups
             now = time.monotonic()
             if now - began >= limit_s:
@@ -464,9 +340,8 @@ class AsyncFleet:
                 )
             if now >= say_at:
                 say_at = now + SAY_S
-                log.warning(
-                    "waiting for a batch", for_s=round(now - began), why=await self.reason()
-                )
+                why = await self.reason()
+                log.warning("waiting for a batch", for_s=round(now - began), why=why)
             await self._news(limit_s - (now - began))
 
     async def batch_of(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Batch:
@@ -487,35 +362,42 @@ class AsyncFleet:
             )
         limit_s = s.starve_s if timeout_s is None else timeout_s
         began = time.monotonic()
-        self.pacer.release()
-        tries: dict[str, tuple[Any, int]] = {}
-        for item in items:
-            tries[await self.submit(item)] = (item, 1)
+        self._credit()
+        wanted: dict[str, tuple[Any, int]] = {}
         try:
+            for item in items:
+                wanted[await self.submit(item)] = (item, 1)
+                self.consumer.reserved = set(wanted)
             while True:
-                self._check_alive()
+                self._check()
                 self.consumer.news.clear()
-                self.consumer.reserved = set(tries)
-                here = [self.consumer.ready[name] for name in tries if name in self.consumer.ready]
-                fresh = await self.consumer.sweep(here)
-                rollouts = await self._load(fresh) if len(fresh) == len(tries) else {}
-                if len(rollouts) == len(tries):
-                    return await self._hand_over(fresh, rollouts, time.monotonic() - began)
-                for name in self.consumer.given_up & set(tries):
-                    self.consumer.given_up.discard(name)
-                    item, tried = tries.pop(name)
-                    if tried >= TRIES:
-                        raise StarvedError(f"prompt {item!r:.200} was given up {tried} times")
-                    tries[await self.submit(item)] = (item, tried + 1)
+                version = self.version
+                ready = self.consumer.ready
+                fresh = await self.consumer.sweep([ready[g] for g in wanted if g in ready])
+                rollouts = await self.payloads.load(fresh) if len(fresh) == len(wanted) else {}
+                if len(rollouts) == len(wanted) and version == self.version:
+                    waited_s = time.monotonic() - began
+                    return await self.commits.hand_over(fresh, rollouts, version, waited_s)
+                await self._again(wanted)
                 left_s = limit_s - (time.monotonic() - began)
                 if left_s <= 0:
                     raise StarvedError(
-                        f"{len(tries) - len(fresh)} of {len(tries)} groups did not come within "
+                        f"{len(wanted) - len(fresh)} of {len(wanted)} groups did not come within "
                         f"{limit_s:g} s: {await self.reason()}"
                     )
                 await self._news(left_s)
         finally:
             self.consumer.reserved = set()
+
+    async def _again(self, wanted: dict[str, tuple[Any, int]]) -> None:
+        """Submit once more what was given up among the wanted groups."""
+        given_up, self.consumer.given_up = self.consumer.given_up, set()
+        for name in given_up & wanted.keys():
+            item, tried = wanted.pop(name)
+            if tried >= TRIES:
+                raise StarvedError(f"prompt {item!r:.200} was given up {tried} times")
+            wanted[await self.submit(item)] = (item, tried + 1)
+            self.consumer.reserved = set(wanted)
 
     async def _news(self, left_s: float) -> None:
         """Wait for an arrival, a moment at most; then look at the ledger's truth."""
@@ -523,111 +405,14 @@ class AsyncFleet:
             async with asyncio.timeout(min(LOOK_S, left_s)):
                 await self.consumer.news.wait()
         except TimeoutError:
-            self.pacer.outstanding = (await self.books()).outstanding
+            await self._durably(self.submitter.look, "read the ledger")
 
     def _ended(self) -> bool:
         """Whether nothing more will come: the feed is exhausted and all it sent is here."""
-        if self._feeder is None or not self._fed.is_set() or self.consumer.groups.open:
+        if not self.submitter.fed or self.consumer.groups.open:
             return False
         here = sum(len(group.members) for group in self.consumer.ready.values())
-        out = sum(len(b) for b in self._uncommitted if b.state == "handed")
-        return self.pacer.outstanding <= here + out
-
-    async def _load(self, groups: Sequence[Group]) -> dict[str, list[Rollout]]:
-        """Payloads of groups, decoded and validated; groups that fail are dropped with a reason."""
-        loaded: dict[str, list[Rollout]] = {}
-        for partition in {group.partition for group in groups}:
-            here = [group for group in groups if group.partition == partition]
-            payloads = await self._fetch(partition, here)
-            for group in here:
-                reason = self._decode(group, payloads, loaded)
-                if reason:
-                    await self.consumer.drop([group], reason)
-        return loaded
-
-    async def _fetch(self, partition: int, groups: Sequence[Group]) -> dict[str, bytes | None]:
-        headers = [m.header for g in groups for _, m in sorted(g.members.items())]
-        payloads: dict[str, bytes | None] = {}
-        at = 0
-        while at < len(headers):
-            end, size = at, 0
-            while end < len(headers) and (end == at or size < FETCH_BYTES):
-                size += headers[end].payload_bytes
-                end += 1
-            names = [header.payload for header in headers[at:end]]
-            values = await retry(
-                lambda names=names: self.streams[partition].fetch(names),  # type: ignore[misc]
-                what=f"fetch {len(names)} payloads",
-                deadline_s=None,
-                on_wait=self._on_wait,
-            )
-            payloads.update(zip(names, values, strict=True))
-            at = end
-        return payloads
-
-    def _decode(
-        self,
-        group: Group,
-        payloads: Mapping[str, bytes | None],
-        loaded: dict[str, list[Rollout]],
-    ) -> str:
-        """Decode one group into `loaded`; returns why it cannot be used, or ""."""
-        rollouts: list[Rollout] = []
-        for index, member in sorted(group.members.items()):
-            header = member.header
-            packed = payloads.get(header.payload)
-            if packed is None:
-                log.error("payload missing", group=group.name, index=index, payload=header.payload)
-                return "lost"
-            where = f"group {group.name} #{index} from {header.worker}"
-            try:
-                samples = decode_samples(packed)
-                check_samples(samples, where=where)
-            except (WireError, InvalidSampleError) as exc:
-                log.error("payload refused", group=group.name, index=index, error=str(exc))
-                return "corrupt"
-            rollouts.append(Rollout(header, samples))
-        if self.should_accept is not None and not self.should_accept(rollouts):
-            return "rejected"
-        loaded[group.name] = rollouts
-        return ""
-
-    async def _hand_over(
-        self, groups: list[Group], rollouts: Mapping[str, list[Rollout]], waited_s: float
-    ) -> Batch:
-        self._number += 1
-        number = self._number
-        plan = Plan.of(number, "handed", groups)
-        await self._planned(number, plan.dumps())
-        for group in groups:
-            self.consumer.ready.pop(group.name, None)
-        batch = Batch(
-            number=number,
-            version=self.version,
-            rollouts=[rollout for group in groups for rollout in rollouts[group.name]],
-            stats={},
-            groups=groups,
-            collate=self._collate,
-        )
-        batch.stats = self._stats(batch, waited_s)
-        self._uncommitted.append(batch)
-        return batch
-
-    def _stats(self, batch: Batch, waited_s: float) -> dict[str, float]:
-        headers = [rollout.header for rollout in batch.rollouts]
-        stale = batch.staleness
-        stats = {
-            "rollfleet/wait_s": waited_s,
-            "rollfleet/samples": len(headers),
-            "rollfleet/tokens": sum(h.tokens for h in headers),
-            "rollfleet/reward_mean": sum(h.reward for h in headers) / len(headers),
-            "rollfleet/staleness_mean": sum(stale) / len(stale),
-            "rollfleet/staleness_max": max(stale),
-            "rollfleet/outstanding": self.pacer.outstanding,
-            "rollfleet/ready": sum(len(g.members) for g in self.consumer.ready.values()),
-        }
-        drops, self.consumer.drops = self.consumer.drops, {}
-        return stats | {f"rollfleet/dropped/{reason}": n for reason, n in drops.items()}
+        return self.pacer.outstanding <= here + self.commits.handed
 
     # ---- after training ----------------------------------------------------------------------
 
@@ -637,48 +422,22 @@ class AsyncFleet:
         For trainers that commit at checkpoints: what was trained since is served again, in order,
         after a crash.
         """
+        self._check()
         if batch.state == "handed":
-            await self._advance(batch, "trained")
+            await self.commits.advance(batch, "trained")
+            self.submitter.credit.set()
 
     async def commit(self, batch: Batch | None = None) -> None:
         """Free a batch (all that were trained, if none is named): it will never be served again.
 
         Call it after the optimizer step, or after the checkpoint that holds the step is durable.
         """
-        for each in (
-            [b for b in self._uncommitted if b.state == "trained"] if batch is None else [batch]
-        ):
+        self._check()
+        trained = [each for each in self.commits.open if each.state == "trained"]
+        for each in trained if batch is None else [batch]:
             if each.state != "committed":
-                await self._advance(each, "committed")
-
-    async def _advance(self, batch: Batch, state: str) -> None:
-        self._check_alive()
-        if batch not in self._uncommitted:
-            raise RollfleetError(f"batch {batch.number} was not handed out by this trainer")
-        plan = Plan.of(batch.number, state, batch.groups)
-        await self._planned(batch.number, plan.dumps())  # THE commit point
-        verb = "train" if state == "trained" else "commit"
-        await self._durably(
-            lambda: plan.settle(verb, self.token, self.streams), f"{verb} batch {batch.number}"
-        )
-        if batch.state == "handed":
-            self.pacer.settled(len(batch), hold=True)
-            self.consumer.remember((g.name, i) for g in batch.groups for i in g.members)
-        batch.state = state
-        if state == "committed":
-            self._uncommitted.remove(batch)
-            for group in batch.groups:
-                self.consumer.forget(group)
-            await self._planned(batch.number, None)
-        self._credit.set()
-
-    async def _planned(self, number: int, plan: bytes | None) -> None:
-        await self._durably(
-            lambda: self.board.plan(self.token, number, plan), f"plan batch {number}"
-        )
-
-    async def _durably(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
-        await retry(call, what=what, deadline_s=None, on_wait=self._on_wait)
+                await self.commits.advance(each, "committed")
+        self.submitter.credit.set()
 
     async def publish(
         self,
@@ -690,32 +449,30 @@ class AsyncFleet:
         """Announce a new version of the policy; returns it.
 
         Args:
-            version: Its number; one more than the last if not given.
+            version: Its number; one more than the last if not given. The current one may be
+                published again, with weights: a trainer that resumes refits its servers so.
             weights: Where the weights are. With `servers` set, they are made to load it first.
             transfer: Called as ``transfer(version, weights)`` in place of that, for trainers that
                 move the weights themselves.
 
         Raises:
             RefitError: A server did not take the weights; the version is not announced.
-            SettingsError: The version is not above the last.
+            SettingsError: The version is below the last.
             SupersededError: Another trainer has opened the run.
         """
-        self._check_alive()
+        self._check()
         new = self.version + 1 if version is None else version
-        if new <= self.version and not (new == self.version and weights):
+        if new < self.version:
             raise SettingsError(
-                f"version {new} is not above version {self.version}; to go back, open the run anew "
+                f"version {new} is below version {self.version}; to go back, open the run anew "
                 "from a checkpoint"
             )
         if transfer is not None:
             await transfer(new, weights)
         elif weights and self.settings.servers:
             await refit(self.settings.servers, new, weights)
-        fields: dict[str, int | str] = {
-            "version": new,
-            "weights": weights,
-            "published_ms": int(time.time() * 1000),
-        }
+        fields: dict[str, int | str] = {"version": new, "weights": weights}
+        fields["published_ms"] = int(time.time() * 1000)
         await self._durably(
             lambda: self.board.publish(self.token, fields), f"publish version {new}"
         )
@@ -726,20 +483,19 @@ class AsyncFleet:
                 lambda streams=streams: streams.advance(self.token, new, useful),  # type: ignore[misc]
                 f"advance to version {new}",
             )
-        self.pacer.release()
-        self._credit.set()
+        self._credit()
         return new
 
     async def pause(self, seconds: float) -> None:
         """Ask workers to claim nothing for `seconds`; what runs goes on. 0 resumes."""
         until = int((time.time() + seconds) * 1000) if seconds > 0 else 0
-        fields = {"paused_until_ms": until}
+        fields: dict[str, int | str] = {"paused_until_ms": until}
         await self._durably(lambda: self.board.publish(self.token, fields), "pause")
 
     async def batches(
         self, steps: int | None = None, *, commit: str = "step"
     ) -> AsyncIterator[Batch]:
-        """Batches, until the feed ends or after `steps`. Each is settled when the next is asked for.
+        """Batches, until the feed ends or after `steps`; each is settled when the loop comes back.
 
         Args:
             steps: How many; None for all.
@@ -766,14 +522,11 @@ class AsyncFleet:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to resume this run; plain types only."""
-        trained = [b.number for b in self._uncommitted if b.state == "trained"]
-        handed = [b.number for b in self._uncommitted if b.state == "handed"]
-        last = max(trained) if trained else min(handed, default=self._number + 1) - 1
         return {
             "run": self.settings.run,
             "version": self.version,
-            "batch": last,
-            "position": self._cursor + 1,
+            "batch": self.commits.last_trained,
+            "position": self.submitter.cursor + 1,
             "recent": list(self.consumer.recent),
         }
 
@@ -783,6 +536,8 @@ class AsyncFleet:
 
     async def reason(self) -> str:
         """What the fleet is waiting for, in words."""
+        if self._away_since is not None:
+            return f"Redis is away since {time.monotonic() - self._away_since:.0f} s"
         books = await self.books()
         workers = await self._client.hlen(self.keys.workers)
         here = sum(len(group.members) for group in self.consumer.ready.values())
@@ -795,8 +550,6 @@ class AsyncFleet:
         ]
         if workers == 0:
             parts.insert(0, "no worker has ever shown up for this run")
-        if self._feeder is None and not books.outstanding:
+        if self.submitter.feeder is None and not books.outstanding:
             parts.insert(0, "nothing was submitted: call feed() or submit()")
-        if self._away_since is not None:
-            parts.insert(0, f"Redis is away since {time.monotonic() - self._away_since:.0f} s")
         return "; ".join(parts)

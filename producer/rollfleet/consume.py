@@ -120,21 +120,8 @@ class Consumer:
             since = after
 
     async def _take_in(self, partition: int, arrivals: Arrivals) -> None:
-        if not any((arrivals.headers, arrivals.tombstones, *_garbage(arrivals))):
-            return
-        closed: list[Group] = []
-        duplicates: list[tuple[str, Kind, str]] = []
-        for entry, header in arrivals.headers:
-            if entry in self._held[partition]:
-                continue
-            self._held[partition].add(entry)
-            oldest = replayed(header.min_version, header.epoch, self.rollbacks)
-            group, twice = self.groups.arrive(partition, Member(entry, header, oldest))
-            if twice or (header.group, header.index) in self.recent or self._known(header):
-                duplicates.append((entry, header.kind, header.payload))
-                self._held[partition].discard(entry)
-            elif group is not None:
-                closed.append(group)
+        """Sort what a read brought; what was seen before changes nothing."""
+        closed, duplicates = self._take_headers(partition, arrivals)
         for entry, tombstone in arrivals.tombstones:
             if entry in self._tombs[partition]:
                 continue
@@ -148,7 +135,30 @@ class Consumer:
             await self._settle(partition, "drop:duplicate", duplicates)
         for group in closed:
             await self._judge(group)
-        self.news.set()
+        if closed or duplicates:
+            self.news.set()
+
+    def _take_headers(
+        self, partition: int, arrivals: Arrivals
+    ) -> tuple[list[Group], list[tuple[str, Kind, str]]]:
+        """Groups that these rollouts closed, and the rollouts that we had already."""
+        closed: list[Group] = []
+        duplicates: list[tuple[str, Kind, str]] = []
+        for entry, header in arrivals.headers:
+            if entry in self._held[partition]:
+                continue
+            if (header.group, header.index) in self.recent or self._known(header):
+                duplicates.append((entry, header.kind, header.payload))
+                continue
+            oldest = replayed(header.min_version, header.epoch, self.rollbacks)
+            group, twice = self.groups.arrive(partition, Member(entry, header, oldest))
+            if twice:
+                duplicates.append((entry, header.kind, header.payload))
+                continue
+            self._held[partition].add(entry)
+            if group is not None:
+                closed.append(group)
+        return closed, duplicates
 
     def _known(self, header: Header) -> bool:
         """Whether a closed group holds this sample already."""

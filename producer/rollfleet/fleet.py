@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from rollfleet.aio import Accept, AsyncFleet
+from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
 from rollfleet.freshness import Policy
+from rollfleet.payloads import Accept
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError

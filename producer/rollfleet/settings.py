@@ -5,8 +5,8 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from rollfleet_common.settings import Settings
-from rollfleet_common.units import Bytes, Seconds
 from rollfleet_common.staleness import check_shape
+from rollfleet_common.units import Bytes, Seconds
 
 __all__ = ["TrainerSettings"]
 

@@ -1,208 +1,193 @@
 """1. submit: prompts onto the stream, no faster than the ledger allows.
 
-- Any iterable feeds: its items are pulled in a thread of their own (a DataLoader may block), a few
-  ahead of what is submitted, and numbered in order. The number is the position in the data set: the
-  server remembers the last one it took, so a feed that begins anew resumes where it stood, without
-  sending anything twice.
-- A bad prompt is refused with its position and field; nothing of it is sent.
+- The server remembers the position of the last fed prompt it took, so a feed that begins anew
+  resumes where it stood, and a repeat after a lost reply sends nothing twice.
+- A prompt that could never fit is refused at once, with the arithmetic.
 """
 
 import asyncio
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import structlog
 
-from rollfleet_common.errors import InvalidPromptError, RollfleetError
-from rollfleet_common.keys import check_name
-from rollfleet_common.messages import Int32, Kind, Prompt
+from rollfleet.capacity import Pacer
+from rollfleet.feed import Feeder, to_prompt
+from rollfleet.settings import TrainerSettings
+from rollfleet_common.errors import InvalidPromptError, SettingsError
+from rollfleet_common.keys import partition_of
+from rollfleet_common.ledger import Books
+from rollfleet_common.messages import Kind, Prompt
+from rollfleet_common.redis import retry
+from rollfleet_common.streams import Streams, Submission, Submitted
 
-__all__ = ["Feeder", "to_prompt"]
+__all__ = ["Submitter"]
 
 log = structlog.get_logger("rollfleet.trainer")
 
-#: Prompts pulled ahead of the ledger.
-AHEAD = 64
-_FIELDS = frozenset(["token_ids", "data", "kind", "route", "task", "sampling", "n", "deadline_ms"])
-_INT32_MAX = 2**31 - 1
+#: How long a blocked submission goes without looking at the ledger itself.
+LOOK_S = 1.0
 
 
-def to_prompt(item: Any, *, group: str, group_size: int, position: int = -1) -> Prompt:
-    """A prompt from what a data set yields.
+class Submitter:
+    """Submits for one trainer.
 
     Args:
-        item: A :class:`Prompt`; a mapping with `token_ids` and/or fields of your own (what is no
-            field of Prompt goes into `data`); or token ids alone (list, array or tensor of ints).
-        group: The group's name.
-        group_size: Samples, if the item does not say `n`.
-        position: Position in the data set.
-
-    Raises:
-        InvalidPromptError: The message names position and field.
-    """
-    where = f"prompt {position}" if position >= 0 else f"prompt of group {group}"
-    if isinstance(item, Prompt):
-        return replace(item, group=group, position=position)
-    if isinstance(item, Mapping):
-        fields = {str(key): value for key, value in item.items()}
-    elif hasattr(item, "__len__") and not isinstance(item, str | bytes):
-        fields = {"token_ids": item}
-    else:
-        raise InvalidPromptError(
-            f"{where} is a {type(item).__name__}; give a mapping with token_ids and fields of your "
-            "own, or token ids alone"
-        )
-    own = fields.pop("data", {})
-    if not isinstance(own, Mapping):
-        raise InvalidPromptError(f"{where}: field data is a {type(own).__name__}, not a mapping")
-    data = {**own, **{key: fields.pop(key) for key in [*fields] if key not in _FIELDS}}
-    n = fields.get("n", group_size)
-    if not isinstance(n, int) or n < 1:
-        raise InvalidPromptError(f"{where}: field n is {n!r}; it must be an integer of at least 1")
-    try:
-        return Prompt(
-            group=group,
-            n=n,
-            token_ids=_token_ids(fields.get("token_ids", ()), where),
-            data={key: _plain(value) for key, value in data.items()},
-            kind=Kind(fields.get("kind", Kind.TRAIN)),
-            route=check_name(fields.get("route", "default"), f"{where}: field route"),
-            task=str(fields.get("task", "default")),
-            position=position,
-            sampling=dict(fields.get("sampling", {})),
-            deadline_ms=int(fields.get("deadline_ms", 0)),
-        )
-    except InvalidPromptError:
-        raise
-    except (TypeError, ValueError) as exc:
-        raise InvalidPromptError(f"{where}: {exc}") from exc
-
-
-def _token_ids(value: Any, where: str) -> Int32:
-    raw = np.asarray(value)
-    if raw.size == 0:
-        return np.zeros(0, np.int32)
-    if raw.ndim != 1 or raw.dtype.kind not in "iu":
-        raise InvalidPromptError(
-            f"{where}: field token_ids is {raw.dtype}{list(raw.shape)}; give one row of integers"
-        )
-    if raw.min() < 0 or raw.max() > _INT32_MAX:
-        raise InvalidPromptError(
-            f"{where}: field token_ids reaches from {raw.min()} to {raw.max()}; ids are 0 to 2^31 - 1"
-        )
-    return raw.astype(np.int32)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and arrays as lists: what a DataLoader makes of numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-class Feeder:
-    """Pulls an iterable in a thread, and hands its prompts to the loop in order.
-
-    Args:
-        source: Yields items for :func:`to_prompt`, or lists of such items.
-        skip: Items with a lower position were submitted before, and are passed over.
-        group_size: Samples of a prompt.
-        loop: Where `take` is awaited.
+        token: The trainer's.
+        prefix: What names of groups submitted by hand begin with; unique to this trainer.
+        streams: Of every partition, in order.
+        settings: Of the trainer.
+        pacer: Decides how much may be out.
+        books: Reads the ledger.
+        check: Raises whatever failed in the background.
+        on_wait: Told of every wait for Redis.
+        cursor: Position of the last prompt that was fed before; -1 if none was.
     """
 
     def __init__(
-        self, source: Iterable[Any], skip: int, group_size: int, loop: asyncio.AbstractEventLoop
+        self,
+        *,
+        token: str,
+        prefix: str,
+        streams: Sequence[Streams],
+        settings: TrainerSettings,
+        pacer: Pacer,
+        books: Callable[[], Awaitable[Books]],
+        check: Callable[[], None],
+        on_wait: Callable[[Exception, float], None],
+        cursor: int,
     ) -> None:
-        self.source = source
-        self.skip = skip
-        self.group_size = group_size
-        #: Position of the next item that will be pulled.
-        self.position = 0
-        #: Set when the source is exhausted and everything pulled was taken.
-        self.error: RollfleetError | None = None
-        self.exhausted = False
-        self._loop = loop
-        self._ready: deque[Prompt] = deque()
-        self._some = asyncio.Event()
-        self._room = threading.Semaphore(AHEAD)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._pull, name="rollfleet-feed", daemon=True)
+        self.token = token
+        self.prefix = prefix
+        self.streams = streams
+        self.settings = settings
+        self.pacer = pacer
+        self.books = books
+        self.check = check
+        self.on_wait = on_wait
+        self.cursor = cursor
+        #: Set whenever credit may have come back.
+        self.credit = asyncio.Event()
+        self.feeder: Feeder | None = None
+        #: The source of the feed is exhausted, and all of it was submitted.
+        self.fed = False
 
-    def start(self) -> None:
-        """Begin to pull."""
-        self._thread.start()
+    @property
+    def feeding(self) -> bool:
+        """Whether an iterable is being submitted."""
+        return self.feeder is not None and not self.fed
 
-    def stop(self) -> None:
-        """Pull no more. An item that is being made may still be made, and is forgotten."""
-        self._stopped.set()
-        self._room.release()
+    def begin(self, source: Iterable[Any]) -> None:
+        """Start to pull an iterable; :meth:`feed` submits what it yields.
 
-    async def peek(self) -> Prompt | None:
-        """The next prompt, once there is one; None when the source is exhausted.
+        Raises:
+            SettingsError: A feed is running already.
+        """
+        if self.feeding:
+            raise SettingsError("a feed is running; one run is fed from one iterable at a time")
+        skip = self.cursor + 1
+        if skip:
+            log.info("resuming the feed", skip=skip)
+        self.fed = False
+        self.feeder = Feeder(source, skip, self.settings.group_size, asyncio.get_running_loop())
+        self.feeder.start()
+
+    async def feed(self) -> None:
+        """Submit until the source is exhausted.
 
         Raises:
             RollfleetError: The source raised, or yielded what is no prompt.
         """
-        while not self._ready:
-            if self.error is not None:
-                raise self.error
-            if self.exhausted:
-                return None
-            self._some.clear()
-            await self._some.wait()
-        return self._ready[0]
+        assert self.feeder is not None, "begin() comes first"  # noqa: S101 - a defect
+        while (prompt := await self.feeder.peek()) is not None:
+            self._fits(prompt)
+            await self._room(prompt.n)
+            row = self.feeder.more(max(self.pacer.room, prompt.n))
+            await self._submit([Submission(f"@{p.position}", p) for p in row])
+            self.cursor = row[-1].position
+            self.feeder.took(len(row))
+        self.fed = True
 
-    def more(self, samples: int) -> Sequence[Prompt]:
-        """The prompts at hand that fit into `samples`, in order, without removing them."""
-        fit: list[Prompt] = []
-        for prompt in self._ready:
-            samples -= prompt.n
-            if samples < 0:
-                break
-            fit.append(prompt)
-        return fit
+    async def submit(self, item: Any) -> str:
+        """Submit one prompt, waiting for room; returns its group's name.
 
-    def took(self, count: int) -> None:
-        """The first `count` prompts were submitted."""
-        for _ in range(count):
-            self._ready.popleft()
-            self._room.release()
+        Raises:
+            InvalidPromptError, OversizeError: Nothing was sent.
+            SupersededError: Another trainer has opened the run.
+        """
+        self.check()
+        group = f"{self.prefix}-{secrets.token_hex(6)}"
+        prompt = to_prompt(item, group=group, group_size=self.settings.group_size)
+        if prompt.kind is Kind.TRAIN:
+            self._fits(prompt)
+            await self._room(prompt.n)
+        await self._submit([Submission(group, prompt)])
+        return group
 
-    def _pull(self) -> None:
-        try:
-            for position, item in enumerate(self._items()):
-                if self._stopped.is_set():
-                    return
-                if position < self.skip:
-                    continue
-                prompt = to_prompt(
-                    item, group=f"p{position}", group_size=self.group_size, position=position
+    async def look(self) -> None:
+        """Take the ledger's word for what is outstanding."""
+        self.pacer.outstanding = (await self.books()).outstanding
+
+    def _fits(self, prompt: Prompt) -> None:
+        s = self.settings
+        room = (s.depth + 1) * s.samples_per_version
+        if prompt.n > room:
+            raise InvalidPromptError(
+                f"prompt of group {prompt.group} asks for n = {prompt.n} samples, but only "
+                f"(pipeline_depth + 1) x samples_per_version = ({s.depth} + 1) x "
+                f"{s.samples_per_version} = {room} may be outstanding: it could never be submitted"
+            )
+
+    async def _room(self, samples: int) -> None:
+        """Wait until the ledger has room for `samples`."""
+        while self.pacer.room < samples:
+            self.credit.clear()
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self.credit.wait()
+            except TimeoutError:
+                await retry(
+                    self.look, what="read the ledger", deadline_s=None, on_wait=self.on_wait
                 )
-                self._room.acquire()
-                self._tell(lambda prompt=prompt: self._ready.append(prompt))  # type: ignore[misc]
-        except RollfleetError as exc:
-            self._tell(lambda exc=exc: setattr(self, "error", exc))  # type: ignore[misc]
-        except Exception as exc:  # noqa: BLE001 - the user's iterable may raise anything
-            error = RollfleetError(f"the source of prompts raised {type(exc).__name__}: {exc}")
-            error.__cause__ = exc
-            self._tell(lambda: setattr(self, "error", error))
+            self.check()
+
+    async def _submit(self, groups: Sequence[Submission]) -> None:
+        """Submit all, in order; one script call takes a row of one partition."""
+        left = list(groups)
+        while left:
+            partition = self._partition(left[0].prompt)
+            row = [left[0]]
+            for group in left[1:]:
+                if self._partition(group.prompt) != partition:
+                    break
+                row.append(group)
+            taken = await self._submit_row(partition, row)
+            del left[:taken]
+            if left and taken < len(row):
+                await self._room(left[0].prompt.n)
+
+    async def _submit_row(self, partition: int, row: Sequence[Submission]) -> int:
+        """Submit to one partition; returns how many were taken before it was full."""
+        # A partition knows its own part only: with several, the sum is ours to watch.
+        limit = self.pacer.limit if len(self.streams) == 1 else -1
+        states, outstanding = await retry(
+            lambda: self.streams[partition].submit(
+                self.token, limit, row, self.settings.max_prompt_bytes
+            ),
+            what=f"submit {len(row)} prompts",
+            deadline_s=None,
+            on_wait=self.on_wait,
+        )
+        if len(self.streams) == 1:
+            self.pacer.outstanding = outstanding
         else:
-            self._tell(lambda: setattr(self, "exhausted", True))
+            self.pacer.outstanding += sum(
+                group.prompt.n
+                for group, state in zip(row, states, strict=True)
+                if state is Submitted.YES and group.prompt.kind is Kind.TRAIN
+            )
+        return sum(state is not Submitted.FULL for state in states)
 
-    def _items(self) -> Iterator[Any]:
-        for item in self.source:
-            # A DataLoader with `collate_fn=list` yields lists of items.
-            if isinstance(item, list) and item and isinstance(item[0], Mapping | Prompt):
-                yield from item
-            else:
-                yield item
-
-    def _tell(self, change: Callable[[], Any]) -> None:
-        def apply() -> None:
-            change()
-            self._some.set()
-
-        if not self._stopped.is_set():
-            self._loop.call_soon_threadsafe(apply)
+    def _partition(self, prompt: Prompt) -> int:
+        return partition_of(prompt.group, len(self.streams))

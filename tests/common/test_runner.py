@@ -727,7 +727,7 @@ def test_an_idle_runner_does_not_wake_up(runner, monkeypatch):
     per_producer=st.integers(1, 40),
     seed=st.integers(0, 1 << 30),
 )
-def test_under_any_load_each_task_has_exactly_one_outcome(  # noqa: PLR0917 - hypothesis fills them
+def test_under_any_load_each_task_has_exactly_one_outcome(
     concurrency, waiting, spare, producers, consumers, per_producer, seed
 ):
     total = producers * per_producer

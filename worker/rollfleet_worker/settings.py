@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from rollfleet_common.keys import check_name
-from rollfleet_common.settings import Bytes, Listed, Name, Seconds, Settings
+from rollfleet_common.settings import Name, Settings
+from rollfleet_common.units import Bytes, Listed, Seconds
 
 __all__ = ["WorkerSettings"]
 

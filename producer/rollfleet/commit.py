@@ -1,0 +1,133 @@
+"""Batches from hand-over to commit: each state is first written to the batch's plan, at run level.
+
+- The plan is the commit point. Partitions are rolled forward from it, by this trainer or, if it
+  dies in between, by the next one (:mod:`rollfleet.recover`).
+- Credit returns once per sample, when it is trained, however often the step is repeated.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from rollfleet.batch import Batch
+from rollfleet.capacity import Pacer
+from rollfleet.consume import Consumer
+from rollfleet.groups import Group
+from rollfleet.recover import Plan
+from rollfleet_common.board import Board
+from rollfleet_common.errors import RollfleetError
+from rollfleet_common.messages import Rollout
+from rollfleet_common.redis import retry
+from rollfleet_common.streams import Streams
+
+__all__ = ["Commits"]
+
+
+class Commits:
+    """The batches of one trainer that are not committed yet."""
+
+    def __init__(
+        self,
+        *,
+        board: Board,
+        token: str,
+        streams: Sequence[Streams],
+        consumer: Consumer,
+        pacer: Pacer,
+        on_wait: Callable[[Exception, float], None],
+        number: int,
+        collate: Mapping[str, Any],
+    ) -> None:
+        self.board = board
+        self.token = token
+        self.streams = streams
+        self.consumer = consumer
+        self.pacer = pacer
+        self.on_wait = on_wait
+        #: Number of the last batch that was handed over.
+        self.number = number
+        self.collate = collate
+        self.open: list[Batch] = []
+
+    async def hand_over(
+        self,
+        groups: Sequence[Group],
+        rollouts: Mapping[str, list[Rollout]],
+        version: int,
+        waited_s: float,
+    ) -> Batch:
+        """Plan a batch of `groups`, judged fresh at `version`, and make it."""
+        self.number += 1
+        await self._plan(self.number, Plan.of(self.number, "handed", groups).dumps())
+        for group in groups:
+            self.consumer.ready.pop(group.name, None)
+        batch = Batch(
+            number=self.number,
+            version=version,
+            rollouts=[rollout for group in groups for rollout in rollouts[group.name]],
+            stats={},
+            groups=list(groups),
+            collate=self.collate,
+        )
+        batch.stats = self._stats(batch, waited_s)
+        self.open.append(batch)
+        return batch
+
+    async def advance(self, batch: Batch, state: str) -> None:
+        """Move a batch to ``trained`` or ``committed``. Idempotent.
+
+        Raises:
+            RollfleetError: It was not handed out by this trainer, or committed already.
+            SupersededError: Another trainer has opened the run.
+        """
+        if batch not in self.open:
+            raise RollfleetError(f"batch {batch.number} is not open in this trainer")
+        plan = Plan.of(batch.number, state, batch.groups)
+        await self._plan(batch.number, plan.dumps())
+        verb = "train" if state == "trained" else "commit"
+        await self._durably(
+            lambda: plan.settle(verb, self.token, self.streams), f"{verb} batch {batch.number}"
+        )
+        if batch.state == "handed":
+            self.pacer.settled(len(batch), hold=True)
+            self.consumer.remember((g.name, i) for g in batch.groups for i in g.members)
+        batch.state = state
+        if state == "committed":
+            self.open.remove(batch)
+            for group in batch.groups:
+                self.consumer.forget(group)
+            await self._plan(batch.number, None)
+
+    @property
+    def handed(self) -> int:
+        """Samples handed out and not yet trained."""
+        return sum(len(batch) for batch in self.open if batch.state == "handed")
+
+    @property
+    def last_trained(self) -> int:
+        """Number of the last batch that was trained; all before it were, too."""
+        handed = [batch.number for batch in self.open if batch.state == "handed"]
+        return min(handed) - 1 if handed else self.number
+
+    def _stats(self, batch: Batch, waited_s: float) -> dict[str, float]:
+        headers = [rollout.header for rollout in batch.rollouts]
+        stale = batch.staleness
+        drops, self.consumer.drops = self.consumer.drops, {}
+        return {
+            "rollfleet/wait_s": waited_s,
+            "rollfleet/samples": len(headers),
+            "rollfleet/tokens": sum(h.tokens for h in headers),
+            "rollfleet/reward_mean": sum(h.reward for h in headers) / len(headers),
+            "rollfleet/staleness_mean": sum(stale) / len(stale),
+            "rollfleet/staleness_max": max(stale),
+            "rollfleet/outstanding": self.pacer.outstanding,
+            "rollfleet/ready": sum(len(g.members) for g in self.consumer.ready.values()),
+            **{f"rollfleet/dropped/{reason}": count for reason, count in drops.items()},
+        }
+
+    async def _plan(self, number: int, plan: bytes | None) -> None:
+        await self._durably(
+            lambda: self.board.plan(self.token, number, plan), f"plan batch {number}"
+        )
+
+    async def _durably(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
+        await retry(call, what=what, deadline_s=None, on_wait=self.on_wait)

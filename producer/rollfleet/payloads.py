@@ -1,0 +1,101 @@
+"""Payloads of the groups that are about to be trained on: fetched, decoded, validated.
+
+- What cannot be used drops its group with a reason (``lost``, ``corrupt``, ``rejected``), and the
+  ledger gets its credit back: never a hang, never a hole in a batch.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import structlog
+
+from rollfleet.groups import Group
+from rollfleet_common.codec import decode_samples
+from rollfleet_common.errors import InvalidSampleError, WireError
+from rollfleet_common.messages import Rollout
+from rollfleet_common.redis import retry
+from rollfleet_common.streams import Streams
+from rollfleet_common.validate import check_samples
+
+__all__ = ["Accept", "Payloads"]
+
+log = structlog.get_logger("rollfleet.trainer")
+
+#: Bytes of payloads asked for in one reply.
+FETCH_BYTES = 8 << 20
+
+#: Told the rollouts of a group, by index; False drops it.
+Accept = Callable[[Sequence[Rollout]], bool]
+
+
+class Payloads:
+    """Loads groups for one trainer; `drop(groups, reason)` is told of those that are no use."""
+
+    def __init__(
+        self,
+        streams: Sequence[Streams],
+        accept: Accept | None,
+        drop: Callable[[Sequence[Group], str], Awaitable[None]],
+        on_wait: Callable[[Exception, float], None],
+    ) -> None:
+        self.streams = streams
+        self.accept = accept
+        self.drop = drop
+        self.on_wait = on_wait
+
+    async def load(self, groups: Sequence[Group]) -> dict[str, list[Rollout]]:
+        """Rollouts by group, in the order of their index; without groups that were dropped."""
+        loaded: dict[str, list[Rollout]] = {}
+        for partition in {group.partition for group in groups}:
+            here = [group for group in groups if group.partition == partition]
+            payloads = await self._fetch(partition, here)
+            for group in here:
+                rollouts, reason = self._decode(group, payloads)
+                if reason:
+                    await self.drop([group], reason)
+                else:
+                    loaded[group.name] = rollouts
+        return loaded
+
+    async def _fetch(self, partition: int, groups: Sequence[Group]) -> dict[str, bytes | None]:
+        headers = [member.header for group in groups for member in group.members.values()]
+        payloads: dict[str, bytes | None] = {}
+        at = 0
+        while at < len(headers):
+            end, size = at, 0
+            while end < len(headers) and (end == at or size < FETCH_BYTES):
+                size += headers[end].payload_bytes
+                end += 1
+            payloads.update(await self._fetch_some(partition, [h.payload for h in headers[at:end]]))
+            at = end
+        return payloads
+
+    async def _fetch_some(self, partition: int, names: Sequence[str]) -> dict[str, bytes | None]:
+        values = await retry(
+            lambda: self.streams[partition].fetch(names),
+            what=f"fetch {len(names)} payloads",
+            deadline_s=None,
+            on_wait=self.on_wait,
+        )
+        return dict(zip(names, values, strict=True))
+
+    def _decode(
+        self, group: Group, payloads: Mapping[str, bytes | None]
+    ) -> tuple[list[Rollout], str]:
+        """Rollouts of one group, or why it cannot be used."""
+        rollouts: list[Rollout] = []
+        for index, member in sorted(group.members.items()):
+            header = member.header
+            packed = payloads.get(header.payload)
+            if packed is None:
+                log.error("payload missing", group=group.name, index=index, payload=header.payload)
+                return [], "lost"
+            try:
+                samples = decode_samples(packed)
+                check_samples(samples, where=f"group {group.name} #{index} from {header.worker}")
+            except (WireError, InvalidSampleError) as exc:
+                log.warning("payload refused", group=group.name, index=index, error=str(exc))
+                return [], "corrupt"
+            rollouts.append(Rollout(header, samples))
+        if self.accept is not None and not self.accept(rollouts):
+            return [], "rejected"
+        return rollouts, ""
