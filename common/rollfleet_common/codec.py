@@ -19,6 +19,8 @@ from rollfleet_common.errors import CodecError, InvalidPromptError, OversizeErro
 from rollfleet_common.messages import Bool, Header, Int32, Kind, Prompt, Sample, VersionSpans
 
 __all__ = [
+    "ARRAY_DTYPES",
+    "MAX_DIMS",
     "SCHEMA",
     "decode_header",
     "decode_prompt",
@@ -37,10 +39,11 @@ _HEADER_TYPES = (
     *(float, str, str, int, int, int),
 )
 #: dtypes that named extra arrays may have, as numpy spells them.
-_ARRAY_DTYPES = frozenset(
+ARRAY_DTYPES = frozenset(
     ["|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8"]
 )
-_MAX_DIMS = 8
+#: Axes that a named extra array may have.
+MAX_DIMS = 8
 
 _I4 = np.dtype("<i4")
 _F4 = np.dtype("<f4")
@@ -195,7 +198,7 @@ def expand_mask(runs: Int32) -> Bool:
 
 
 def decode_samples(packed: bytes) -> tuple[Sample, ...]:
-    """The inverse of :func:`encode_samples`. Arrays are read-only views of `packed`.
+    """The inverse of :func:`encode_samples`. Arrays are read-only.
 
     Raises:
         SchemaError: It is of another wire version.
@@ -220,7 +223,7 @@ def _unpack_sample(raw: Any, i: int) -> Sample:
             metrics=_numbers(raw.get("m", {}), "m"),
             finish_reason=str(raw["f"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, CodecError) as exc:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CodecError) as exc:
         raise CodecError(f"payload, sample {i}: {type(exc).__name__}: {exc}") from exc
 
 
@@ -239,10 +242,10 @@ def _numbers(raw: Any, what: str) -> dict[str, float]:
 
 def _unpack_array(raw: Any, name: Any) -> npt.NDArray[Any]:
     dtype, shape, data = raw
-    if dtype not in _ARRAY_DTYPES:
-        raise CodecError(f"array {name!r} has dtype {dtype!r}, not one of {sorted(_ARRAY_DTYPES)}")
-    if len(shape) > _MAX_DIMS:
-        raise CodecError(f"array {name!r} has {len(shape)} dimensions, more than {_MAX_DIMS}")
+    if dtype not in ARRAY_DTYPES:
+        raise CodecError(f"array {name!r} has dtype {dtype!r}, not one of {sorted(ARRAY_DTYPES)}")
+    if len(shape) > MAX_DIMS:
+        raise CodecError(f"array {name!r} has {len(shape)} dimensions, more than {MAX_DIMS}")
     return _array(data, np.dtype(dtype), f"array {name!r}").reshape([int(n) for n in shape])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rollfleet_common.codec import _ARRAY_DTYPES, _MAX_DIMS
+from rollfleet_common.codec import ARRAY_DTYPES, MAX_DIMS
 from rollfleet_common.errors import InvalidSampleError
 from rollfleet_common.messages import Bool, Float32, Int32, Sample, VersionSpans
 
@@ -195,13 +195,13 @@ def _arrays_fault(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
             return f"arrays has the key {key!r}, no string"
         if not isinstance(array, np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
             return f"arrays[{key!r}] is a {type(array).__name__}, not a numpy array"
-        if array.dtype.newbyteorder("<").str not in _ARRAY_DTYPES:
+        if array.dtype.newbyteorder("<").str not in ARRAY_DTYPES:
             return (
                 f"arrays[{key!r}] has dtype {array.dtype}, which does not travel; "
-                f"use one of {', '.join(sorted(_ARRAY_DTYPES))}"
+                f"use one of {', '.join(sorted(ARRAY_DTYPES))}"
             )
-        if array.ndim > _MAX_DIMS:
-            return f"arrays[{key!r}] has {array.ndim} dimensions, more than {_MAX_DIMS}"
+        if array.ndim > MAX_DIMS:
+            return f"arrays[{key!r}] has {array.ndim} dimensions, more than {MAX_DIMS}"
     return ""
 
 

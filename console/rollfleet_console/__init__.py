@@ -1,1 +1,1 @@
-"""The `rollfleet` command: worker, status, demo."""
+"""The `rollfleet` command: worker, status, dead letters, demo."""

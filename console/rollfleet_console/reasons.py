@@ -81,7 +81,7 @@ def _workers(s: Snapshot) -> Iterator[str]:
     live = [w for w in s.workers if not w.lost]
     lost = [w for w in s.workers if w.lost]
     if not s.workers:
-        yield "no worker has joined the run: start one with `rollfleet worker`"
+        yield "no worker is registered: start one with `rollfleet worker`"
     elif not live:
         seen_s = min(w.seen_s for w in lost)
         who = "the only worker" if len(lost) == 1 else f"all {len(lost)} workers"

@@ -21,14 +21,22 @@ SHOWN_WORKERS = 24
 _STATE_STYLE = {"claiming": "green", "paused": "yellow", "draining": "yellow"}
 
 
-def render(s: Snapshot) -> RenderableType:
-    """All of it, for a terminal of 80 columns or more."""
+def render(s: Snapshot, *, why_first: bool = False) -> RenderableType:
+    """All of it, for a terminal of 80 columns or more.
+
+    Args:
+        s: What is shown.
+        why_first: Put the reasons above the tables, where a screen of few lines cuts nothing off;
+            else they come last, next to the prompt.
+    """
     parts: list[RenderableType] = [_head(s), "", _path(s), ""]
+    if why_first:
+        parts += [*_why(s), ""]
     if s.routes:
         parts += [_routes(s.routes), ""]
     if s.workers:
         parts += [_workers(s.workers), ""]
-    return Group(*parts, *_why(s))
+    return Group(*parts, *(() if why_first else _why(s)))
 
 
 def _head(s: Snapshot) -> RenderableType:
@@ -120,7 +128,7 @@ def _ago(seconds: float | None) -> str:
 
 
 def _workers(workers: tuple[WorkerCard, ...]) -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("worker", overflow="fold")
     for name in ("state", "busy", "leases", "version", "delivered", "failed", "seen"):
         right = "left" if name == "state" else "right"

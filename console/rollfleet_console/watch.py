@@ -31,12 +31,12 @@ async def watch_run(client: Any, run: str, interval_s: float) -> None:
         while True:
             at = time.strftime("%H:%M:%S")
             try:
-                last = render(await take(client, run))
+                last = render(await take(client, run), why_first=True)
                 note = Text(f"{at}, every {interval_s:g} s; Ctrl-C ends it", style="dim")
             except (RedisError, OSError) as exc:
                 error = translate(exc)
                 if isinstance(error, BrokerSetupError):
                     raise error from exc
-                note = Text(f"{at}: {error}; what was seen last is above", style="red")
-            live.update(Group(last, "", note), refresh=True)
+                note = Text(f"{at}: {error}; what was seen last is below", style="red")
+            live.update(Group(note, "", last), refresh=True)
             await asyncio.sleep(interval_s)

@@ -44,7 +44,8 @@ class Batch:
         """The padded tensors; see :class:`rollfleet.TensorBatch` for shapes and dtypes."""
         from rollfleet.collate import collate  # noqa: PLC0415 - torch is optional
 
-        return collate(self.rollouts, **self.collate)
+        # A metric that some rollouts lack is no reason to fail in the middle of training.
+        return collate(self.rollouts, **{"missing": "fill", **self.collate})
 
     @property
     def staleness(self) -> list[int]:

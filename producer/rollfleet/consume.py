@@ -150,7 +150,9 @@ class Consumer:
             if (header.group, header.index) in self.recent or self._known(header):
                 duplicates.append((entry, header.kind, header.payload))
                 continue
-            oldest = replayed(header.min_version, header.epoch, self.rollbacks)
+            # Past a rollback newer versions are further away: both ends of the span are looked at.
+            ends = (header.min_version, header.max_version)
+            oldest = min(replayed(v, header.epoch, self.rollbacks) for v in ends)
             group, twice = self.groups.arrive(partition, Member(entry, header, oldest))
             if twice:
                 duplicates.append((entry, header.kind, header.payload))

@@ -11,7 +11,7 @@ import structlog
 from rollfleet.groups import Group
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import InvalidSampleError, WireError
-from rollfleet_common.messages import Rollout
+from rollfleet_common.messages import Header, Kind, Rollout, Sample
 from rollfleet_common.redis import retry
 from rollfleet_common.streams import Streams
 from rollfleet_common.validate import check_samples
@@ -91,7 +91,9 @@ class Payloads:
                 return [], "lost"
             try:
                 samples = decode_samples(packed)
-                check_samples(samples, where=f"group {group.name} #{index} from {header.worker}")
+                where = f"group {group.name} #{index} from {header.worker}"
+                check_samples(samples, where=where, need_trained=header.kind is Kind.TRAIN)
+                _check_header(header, samples, where)
             except (WireError, InvalidSampleError) as exc:
                 log.warning("payload refused", group=group.name, index=index, error=str(exc))
                 return [], "corrupt"
@@ -99,3 +101,18 @@ class Payloads:
         if self.accept is not None and not self.accept(rollouts):
             return [], "rejected"
         return rollouts, ""
+
+
+def _check_header(header: Header, samples: Sequence[Sample], where: str) -> None:
+    """The group was judged by its headers, so these must say what the payload says.
+
+    Raises:
+        InvalidSampleError: They do not.
+    """
+    oldest = min((s.versions.oldest(s.loss_mask) for s in samples), default=header.min_version)
+    newest = max(s.versions.newest() for s in samples)
+    if header.kind is Kind.TRAIN and (oldest, newest) != (header.min_version, header.max_version):
+        raise InvalidSampleError(
+            f"{where}: its header says versions {header.min_version} to {header.max_version}, its "
+            f"payload {oldest} to {newest}"
+        )

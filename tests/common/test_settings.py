@@ -1,6 +1,7 @@
 """Settings: four places, one order of precedence, and messages that say what to do."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollfleet_common import settings as module
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.settings import Settings
 from rollfleet_common.units import parse_seconds
@@ -18,15 +18,11 @@ FLOW = ["--workflow", "math=package.module:Class"]
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the machine that runs the tests counts."""
-    monkeypatch.setattr(module.os, "environ", {})
-
-
-@pytest.fixture
-def env(bare: None) -> dict[str, str]:
-    # pydantic-settings reads the same os.environ.
-    return module.os.environ  # type: ignore[return-value]
+def env(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """All variables there are; none of the machine that runs the tests counts."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -91,6 +87,11 @@ def test_lists_and_tables_from_flags_variables_and_json(env: dict[str, str]) -> 
     assert WorkerSettings.load().workflows == {"c": "m:C"}
     env["ROLLFLEET_WORKFLOWS"] = '{"c"'
     assert "should be NAME=PACKAGE.MODULE:CLASS or JSON" in refused()
+
+
+def test_a_json_list_that_is_none_is_refused(env: dict[str, str]) -> None:
+    env["ROLLFLEET_SERVERS"] = '["http://x"'
+    assert "should be a JSON list or separated by commas" in refused(*FLOW)
 
 
 def test_an_empty_variable_counts_as_unset(env: dict[str, str]) -> None:
@@ -211,8 +212,10 @@ def test_unknown_variables_are_warned_about(
         WorkerSettings.load(argv=FLOW)
     assert [record.getMessage() for record in caplog.records] == [
         "variable ROLLFLEET_SERVICE_HOST is no setting of rollfleet worker and is ignored",
-        ("variable ROLLFLEET_SLTOS is no setting of rollfleet worker and is ignored; did you mean "
-        "ROLLFLEET_SLOTS?"),
+        (
+            "variable ROLLFLEET_SLTOS is no setting of rollfleet worker and is ignored; did you mean "
+            "ROLLFLEET_SLOTS?"
+        ),
     ]
 
 

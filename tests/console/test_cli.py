@@ -1,6 +1,7 @@
 """The command `rollfleet`: what it prints, where, and with which exit code."""
 
 import http.server
+import importlib
 import json
 import os
 import signal
@@ -9,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,6 @@ import pytest
 from typer.testing import CliRunner
 
 from rollfleet_common.errors import BrokerSetupError
-from rollfleet_console import cli
 from rollfleet_console.cli import app
 from rollfleet_worker.settings import WorkerSettings
 
@@ -46,7 +45,7 @@ def health(status: int, body: bytes) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
@@ -70,7 +69,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | BaseException], l
                 raise answer
             return answer
 
-        monkeypatch.setattr(import_module("rollfleet_worker.daemon"), "run", run)
+        monkeypatch.setattr(importlib.import_module("rollfleet_worker.daemon"), "run", run)
         return given
 
     return put
@@ -225,7 +224,7 @@ def test_demo_without_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(name: str) -> ModuleType:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 2
     assert 'the demo needs torch: pip install "rollfleet[demo]"' in result.stderr
@@ -244,7 +243,8 @@ def test_ctrl_c_ends_watch_with_130(redis_url: str) -> None:
         assert process.stderr is not None
         seen = b""
         while b"Ctrl-C ends it" not in seen:
-            assert (more := process.stdout.read1()), process.stderr.read()
+            more = os.read(process.stdout.fileno(), 65536)
+            assert more, process.stderr.read()
             seen += more
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130

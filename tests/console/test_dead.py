@@ -38,7 +38,7 @@ async def test_list_show_and_their_json(redis_url: str) -> None:
     async with StagedRun(redis_url) as run:
         await run.open()
         await run.bury("g1")
-        await run.bury("g2", task="sorting")
+        await run.bury("g2", task="sorting", sampling={"top_p": 0.5})
         await garbage(run)
         listed = await cli(redis_url, "list")
         assert listed.exit_code == 0, listed.output
@@ -59,6 +59,7 @@ async def test_list_show_and_their_json(redis_url: str) -> None:
         assert "train, route default, task sorting" in shown.stdout
         assert "40: [0, 1, 2," in shown.stdout
         assert '{"answer": "42", "blob": "00ff"}' in shown.stdout
+        assert '{"top_p": 0.5}' in shown.stdout
         assert "attempt 1: data on w0" in shown.stdout
         assert "attempt 2: data on w0" in shown.stdout
         whole = json.loads((await cli(redis_url, "show", rows[1]["id"], "--json")).stdout)
@@ -128,8 +129,9 @@ async def test_a_prompt_whose_body_is_broken_is_shown_with_its_history(redis_url
         await run.open()
         await run.submit("g1", 1)
         (claim,) = await run.claim("w0", 1)
-        bad = Garbage(claim.entry, "field 3: a str", {b"g": b"g1", b"i": b"0"})
-        await Leases(run.client, run.part(), "w0").bury("default", bad)
+        fields = {b"g": b"g1", b"i": b"0"}
+        bad = Garbage(claim.entry, "field 3: a str", fields, route="default")
+        await Leases(run.client, run.part(), "w0").bury(bad)
         (letter,) = await d.select(run.client, "staged")
         broken = {b"d": b"\xff", b"e": b'not json\n{"attempt": 1}', b"why": b"data", b"a": b"x"}
         await run.client.xadd(run.part().dead, broken)

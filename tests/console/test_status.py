@@ -91,15 +91,17 @@ DONE = Books(submitted=768, committed=768)
         (
             fleet(trainer="", books=Books(submitted=70, in_flight=64, ready=6)),
             [
-                ("no trainer holds the run (the last was gpu-box): nothing is submitted or trained; "
-                 "6 rollouts wait for one")
+                (
+                    "no trainer holds the run (the last was gpu-box): nothing is submitted or trained; "
+                    "6 rollouts wait for one"
+                )
             ],
         ),
         (
             fleet(policy=PolicyVersion(7, 1, "", NOW_MS + 12_000)),
             ["the trainer has paused claiming for another 12 s"],
         ),
-        (fleet(workers=()), ["no worker has joined the run: start one with `rollfleet worker`"]),
+        (fleet(workers=()), ["no worker is registered: start one with `rollfleet worker`"]),
         (fleet(LOST), ["the only worker lost contact 45 s ago: w1"]),
         (
             fleet(LOST, dataclasses.replace(LOST, id="w2", seen_s=300.0)),
@@ -126,8 +128,10 @@ DONE = Books(submitted=768, committed=768)
         (
             fleet(books=DONE, workers=(card(),)),
             [
-                ("workers idle: nothing waiting, outstanding 0 of 768: the trainer feeds too few "
-                 "prompts, or its data set has ended")
+                (
+                    "workers idle: nothing waiting, outstanding 0 of 768: the trainer feeds too few "
+                    "prompts, or its data set has ended"
+                )
             ],
         ),
         (
@@ -139,8 +143,10 @@ DONE = Books(submitted=768, committed=768)
         (
             fleet(card(slots=1000, busy=64)),
             [
-                ("1,000 slots, but at most 768 samples may be outstanding: the rest stay idle; raise "
-                 "pipeline_depth, or use fewer slots")
+                (
+                    "1,000 slots, but at most 768 samples may be outstanding: the rest stay idle; raise "
+                    "pipeline_depth, or use fewer slots"
+                )
             ],
         ),
         (
@@ -176,15 +182,19 @@ DONE = Books(submitted=768, committed=768)
         (
             fleet(strangers={"old-1": 3}),
             [
-                ("3 prompts leased to workers that are not registered: old-1 (3); taken over when the "
-                 "lease ends")
+                (
+                    "3 prompts leased to workers that are not registered: old-1 (3); taken over when the "
+                    "lease ends"
+                )
             ],
         ),
         (
             fleet(books=Books(submitted=65, in_flight=64)),
             [
-                ("the books do not balance: 1 prompt submitted, and nowhere to be found; Redis may "
-                 "have lost its last writes")
+                (
+                    "the books do not balance: 1 prompt submitted, and nowhere to be found; Redis may "
+                    "have lost its last writes"
+                )
             ],
         ),
         (
@@ -258,6 +268,12 @@ async def test_a_run_is_read_over_its_partitions(redis_url: str) -> None:
         assert any("no worker serves route 'math': 3 prompts wait" in r for r in s.reasons)
         assert any("worker w1 lost contact" in r for r in s.reasons)
         assert json.loads(json.dumps(s.to_json()))["books"]["balance"] == 0
+        lines = drawn(s).splitlines()
+        (line,) = (x.split() for x in lines if x.startswith("math"))
+        assert line[:3] == ["math", "0", "3"]
+        (line,) = (x.split() for x in lines if x.startswith("w0"))
+        assert line[:5] == ["w0", "claiming", "6/64", "6", "7"]
+        assert line[-2:] == ["1/1", "up"]
 
 
 async def test_a_pause_and_a_trainer_that_left_are_seen(redis_url: str) -> None:
@@ -310,6 +326,14 @@ def test_a_large_fleet_is_summed_up_with_the_lost_shown() -> None:
     assert "w099" in text.partition("w000")[0]
 
 
+def test_the_reasons_may_come_first() -> None:
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(render(fleet(LOST, reasons=["it snows"]), why_first=True))
+    text = captured.get()
+    assert text.index("it snows") < text.index("1 in all")
+
+
 def test_a_fleet_in_which_all_moves_says_so() -> None:
     assert "Nothing waits longer than it must." in drawn(fleet())
 
@@ -324,9 +348,7 @@ async def test_the_command(redis_url: str) -> None:
         result = await asyncio.to_thread(CliRunner().invoke, app, [*args, "--json"])
         tree = json.loads(result.stdout)
         assert tree["policy"]["version"] == 7
-        assert tree["reasons"] == [
-            "no worker has joined the run: start one with `rollfleet worker`"
-        ]
+        assert tree["reasons"] == ["no worker is registered: start one with `rollfleet worker`"]
         result = await asyncio.to_thread(CliRunner().invoke, app, [*args, "--json", "--watch"])
         assert result.exit_code == 2
         assert "--watch draws on a terminal: it does not go with --json" in result.stderr

@@ -17,6 +17,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import structlog
@@ -51,6 +52,7 @@ __all__ = ["Worker", "run"]
 log = structlog.get_logger("rollfleet.worker")
 
 OK, DEFECT, REFUSED, UNDELIVERED = 0, 1, 2, 3
+RELEASE = version("rollfleet")
 #: How long the last words to Redis may take when the drain deadline has passed.
 LAST_WORDS_S = 5.0
 #: How often a closed gate looks again.
@@ -163,6 +165,7 @@ class Worker:
             "id": self.id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "version": RELEASE,
             "routes": self.routes,
             "slots": self.slots.total,
             "busy": len(self._running),

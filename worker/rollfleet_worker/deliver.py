@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import json
 import random
 from collections import deque
 from collections.abc import Callable
@@ -155,8 +156,16 @@ def retry_delay_ms(claim: Claim, failure: Failure, settings: WorkerSettings) -> 
         "data": settings.attempts_data,
         "timeout": settings.attempts_timeout,
     }.get(failure.kind.value, 1)
-    before = claim.history.count(f'"kind": "{failure.kind.value}"'.encode())
+    before = sum(_kind(line) == failure.kind.value for line in claim.history.splitlines())
     if before + 1 >= budget:
         return None
     bound_s = min(settings.retry_base_s * 2**before, settings.retry_max_s)
     return int(random.uniform(0, bound_s) * 1000)
+
+
+def _kind(line: bytes) -> str:
+    """The kind of one recorded failure; one that cannot be read counts for no budget."""
+    try:
+        return str(json.loads(line)["kind"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -21,7 +21,7 @@ from rollfleet_common.errors import (
     boundary,
 )
 from rollfleet_common.leases import Failure
-from rollfleet_common.messages import Claim, Header, PolicyVersion, Sample
+from rollfleet_common.messages import Claim, Header, Kind, PolicyVersion, Sample
 from rollfleet_common.streams import Delivery
 from rollfleet_common.validate import check_samples
 from rollfleet_worker.inference.engine import Engine, Sampling
@@ -92,7 +92,7 @@ class Episodes:
                 raise TypeError(
                     f"it returned {_describe(made)}; `run` must return a Sample or a list of them"
                 )
-            check_samples(samples, where=where)
+            check_samples(samples, where=where, need_trained=claim.prompt.kind is Kind.TRAIN)
         return samples
 
     def _header(

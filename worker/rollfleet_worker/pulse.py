@@ -124,7 +124,7 @@ class Pulse:
                 await leases.reap(route, int(GONE_S * 1000))
         cards = await self.client.hgetall(self.keys.workers)
         long_ago = (time.time() - GONE_S) * 1000
-        if gone := [w for w, card in cards.items() if json.loads(card)["seen_ms"] < long_ago]:
+        if gone := [w for w, card in cards.items() if _seen_ms(card) < long_ago]:
             await self.client.hdel(self.keys.workers, *gone)
 
     async def _try(self, step: Callable[[], Any]) -> Any:
@@ -136,3 +136,11 @@ class Pulse:
                 log.exception("a beat failed", step=step.__name__)
             self.on_wait(exc, 0.0)
             return None
+
+
+def _seen_ms(card: bytes) -> float:
+    """When a card was written; one that cannot be read is as good as gone."""
+    try:
+        return float(json.loads(card)["seen_ms"])
+    except (ValueError, KeyError, TypeError):
+        return 0.0

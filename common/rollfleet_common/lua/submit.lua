@@ -11,7 +11,8 @@ local limit = tonumber(ARGV[2])
 local now = redis.call('TIME')[1]
 local counts = redis.call('HMGET', KEYS[2], 'submitted:train', 'settled:train')
 local outstanding = tonumber(counts[1] or '0') - tonumber(counts[2] or '0')
--- Once one group does not fit, none after it may: a small group must not overtake a large one.
+-- Once one group does not fit, none after it may: a small group must not overtake a large one, and
+-- a fed one that overtook it would move the cursor past it.
 local full = false
 local states = {}
 local key, arg = 5, 3
@@ -22,7 +23,7 @@ while arg <= #ARGV do
   if position >= 0 and position <= tonumber(redis.call('HGET', KEYS[1], 'cursor') or '-1')
       or position < 0 and redis.call('ZSCORE', KEYS[3], id) then
     state = 0
-  elseif kind == 'train' and limit >= 0 and (full or outstanding + n > limit) then
+  elseif full or kind == 'train' and limit >= 0 and outstanding + n > limit then
     full = true
     state = -1
   else

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -291,7 +292,7 @@ def application(engine: Engine, model: str = "tiny") -> web.Application:
     return app
 
 
-async def _serve(engine: Engine, port: int, model: str) -> None:
+async def _serve(engine: Engine, host: str, port: int, model: str) -> None:
     """Serve until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -304,9 +305,9 @@ async def _serve(engine: Engine, port: int, model: str) -> None:
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", port)
+        site = web.TCPSite(runner, host, port)
         await site.start()
-        host, bound = runner.addresses[0][:2]
+        bound = runner.addresses[0][1]
         print(json.dumps({"url": f"http://{host}:{bound}", "pid": os.getpid()}), flush=True)
         await stop.wait()
     finally:
@@ -319,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="rollfleet_console.demo.server", description=__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file to serve")
+    parser.add_argument("--wait-weights-s", type=float, default=0.0, help="wait for that file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--version", default="default", help="label of these weights")
     parser.add_argument("--model", default="tiny", help="name that requests ask for")
@@ -329,6 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    deadline = time.monotonic() + options.wait_weights_s
+    while not options.weights.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
     engine = Engine(
         options.weights,
         version=options.version,
@@ -337,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         delay_per_token_s=options.delay_per_token_s,
         seed=uuid4().int >> 65 if options.seed is None else options.seed,
     )
-    asyncio.run(_serve(engine, options.port, options.model))
+    asyncio.run(_serve(engine, options.host, options.port, options.model))
 
 
 if __name__ == "__main__":

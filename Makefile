@@ -1,0 +1,48 @@
+# The verbs of the house. `make demo` and `make test` are all that a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+EXTRAS := dev
+
+.PHONY: help install demo test check format bench docs-check clean
+
+help:
+	@echo "make demo     install into $(VENV) and run the main job: a small model learns through the fleet"
+	@echo "make test     install and run the tests"
+	@echo "make check    ruff, mypy strict, pyright, import-linter, container files"
+	@echo "make format   format the code"
+	@echo "make bench    the path benchmark against raw redis-py"
+
+# pip reads the user's own settings (pip.conf, PIP_INDEX_URL, ...): choose a CPU or CUDA build there.
+$(BIN)/.installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade --constraint $(CONSTRAINTS) "pip>=23"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	touch $@
+
+install: $(BIN)/.installed
+
+demo: install
+	$(BIN)/rollfleet demo
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m deploy.lint
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks.path
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,16 @@
+# The demo's tiny inference server and its trainer: torch (CPU), for trying the fleet on a laptop.
+FROM python:3.11-slim-bookworm
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY common common
+COPY producer producer
+COPY worker worker
+COPY console console
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch \
+    && pip install --no-cache-dir ".[demo]" \
+    && useradd --system --uid 10001 --create-home rollfleet \
+    && mkdir /weights && chown rollfleet /weights
+USER rollfleet
+WORKDIR /home/rollfleet
+ENTRYPOINT ["python", "-m"]
