@@ -3,9 +3,11 @@
 from collections.abc import Generator
 
 import pytest
+from fixtures.fleet_processes import processes
+from fixtures.rig import rig
 from fixtures.servers import make_server, redis_server, redis_url
 
-__all__ = ["make_server", "redis_server", "redis_url"]
+__all__ = ["make_server", "processes", "redis_server", "redis_url", "rig"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -21,7 +21,7 @@ from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import BLOCK_MS, Consumer
 from rollfleet.freshness import DropStale, Policy
-from rollfleet.groups import Group
+from rollfleet.gather import SAY_S, Gather
 from rollfleet.opening import check, seize, wipe
 from rollfleet.payloads import Accept, Payloads
 from rollfleet.publish import refit
@@ -29,10 +29,10 @@ from rollfleet.recover import recover
 from rollfleet.settings import TrainerSettings
 from rollfleet.submit import Submitter
 from rollfleet_common.board import Board
-from rollfleet_common.errors import RollfleetError, SettingsError, StarvedError
+from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.ledger import Books, read_books
-from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.messages import NO_VERSION, Rollout
 from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.staleness import min_useful
 from rollfleet_common.streams import Streams
@@ -40,13 +40,6 @@ from rollfleet_common.streams import Streams
 __all__ = ["AsyncFleet"]
 
 log = structlog.get_logger("rollfleet.trainer")
-
-#: How long a waiting trainer goes without looking at the ledger itself.
-LOOK_S = 1.0
-#: How often a trainer that waits says why.
-SAY_S = 30.0
-#: How often `rollout_batch` submits a prompt that is given up.
-TRIES = 8
 
 
 class AsyncFleet:
@@ -90,6 +83,7 @@ class AsyncFleet:
         self._tasks: list[asyncio.Task[None]] = []
         self._error: RollfleetError | None = None
         self._away_since: float | None = None
+        self._say_away_at = 0.0
 
     # ---- opening and closing -----------------------------------------------------------------
 
@@ -202,6 +196,17 @@ class AsyncFleet:
             on_wait=self._on_wait,
             cursor=max(*cursors, int(self._state.get("position", 0)) - 1, NO_VERSION),
         )
+        self.gather = Gather(
+            settings=s,
+            consumer=self.consumer,
+            payloads=self.payloads,
+            commits=self.commits,
+            submitter=self.submitter,
+            pacer=self.pacer,
+            version=lambda: self.version,
+            check=self._check,
+            reason=self.reason,
+        )
         await self.submitter.look()
 
     def _spawn(self, life: Awaitable[None], name: str) -> None:
@@ -239,12 +244,14 @@ class AsyncFleet:
                 lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
                 "renew the trainer's lease",
             )
-            self._away_since = None
+            self._away_since, self._say_away_at = None, 0.0
 
     def _on_wait(self, exc: Exception, wait_s: float) -> None:
-        if self._away_since is None:
-            self._away_since = time.monotonic()
-            log.warning("redis is away", error=str(exc))
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        if now >= self._say_away_at:
+            self._say_away_at = now + SAY_S
+            log.warning("redis is away", for_s=round(now - self._away_since), error=str(exc))
 
     def _settled(self, samples: int) -> None:
         self.pacer.settled(samples)
@@ -305,114 +312,34 @@ class AsyncFleet:
             SupersededError: Another trainer has opened the run.
             RollfleetError: Whatever a part of the fleet failed with in the background.
         """
-        want = self.settings.batch if samples is None else samples
-        limit_s = self.settings.starve_s if timeout_s is None else timeout_s
-        began = time.monotonic()
         self._credit()
-        while True:
-            version = self.version
-            groups = await self._gather(want, began, limit_s)
-            if not groups:
-                return None
-            rollouts = await self.payloads.load(groups)
-            fresh = [group for group in groups if group.name in rollouts]
-            enough = sum(len(group.members) for group in fresh) >= want
-            # Published meanwhile, or some fell out: judge and choose again.
-            if version == self.version and (enough or (fresh and self._ended())):
-                waited_s = time.monotonic() - began
-                return await self.commits.hand_over(fresh, rollouts, version, waited_s)
-
-    async def _gather(self, want: int, began: float, limit_s: float) -> list[Group]:
-        """Wait for `want` fresh samples; fewer (or none) when the feed has ended."""
-        say_at = began + SAY_S
-        while True:
-            self._check()
-            self.consumer.news.clear()
-            groups = await self.consumer.sweep(self.consumer.choose(want))
-            if sum(len(group.members) for group in groups) >= want:
-                return groups
-            if self._ended() and len(groups) == len(self.consumer.choose(want)):
-                return groups
-            now = time.monotonic()
-            if now - began >= limit_s:
-                raise StarvedError(
-                    f"no batch of {want} samples within {limit_s:g} s: {await self.reason()}"
-                )
-            if now >= say_at:
-                say_at = now + SAY_S
-                why = await self.reason()
-                log.warning("waiting for a batch", for_s=round(now - began), why=why)
-            await self._news(limit_s - (now - began))
+        s = self.settings
+        want = s.batch if samples is None else samples
+        return await self.gather.next(want, s.starve_s if timeout_s is None else timeout_s)
 
     async def batch_of(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Batch:
         """Submit `items` and hand over as many groups; what is given up is submitted again.
 
         Raises:
-            StarvedError: They did not come in time, or one was given up :data:`TRIES` times.
+            StarvedError: They did not come in time, or one was given up too often.
             SettingsError: They could never be outstanding at once.
         """
-        s = self.settings
-        room = (s.depth + 1) * s.samples_per_version
-        if len(items) * s.group_size > room:
-            raise SettingsError(
-                f"{len(items)} prompts x group_size = {len(items)} x {s.group_size} = "
-                f"{len(items) * s.group_size} samples cannot be outstanding at once; only "
-                f"(pipeline_depth + 1) x samples_per_version = ({s.depth} + 1) x "
-                f"{s.samples_per_version} = {room} may"
-            )
-        limit_s = s.starve_s if timeout_s is None else timeout_s
-        began = time.monotonic()
         self._credit()
-        wanted: dict[str, tuple[Any, int]] = {}
-        try:
-            for item in items:
-                wanted[await self.submit(item)] = (item, 1)
-                self.consumer.reserved = set(wanted)
-            while True:
-                self._check()
-                self.consumer.news.clear()
-                version = self.version
-                ready = self.consumer.ready
-                fresh = await self.consumer.sweep([ready[g] for g in wanted if g in ready])
-                rollouts = await self.payloads.load(fresh) if len(fresh) == len(wanted) else {}
-                if len(rollouts) == len(wanted) and version == self.version:
-                    waited_s = time.monotonic() - began
-                    return await self.commits.hand_over(fresh, rollouts, version, waited_s)
-                await self._again(wanted)
-                left_s = limit_s - (time.monotonic() - began)
-                if left_s <= 0:
-                    raise StarvedError(
-                        f"{len(wanted) - len(fresh)} of {len(wanted)} groups did not come within "
-                        f"{limit_s:g} s: {await self.reason()}"
-                    )
-                await self._news(left_s)
-        finally:
-            self.consumer.reserved = set()
+        limit_s = self.settings.starve_s if timeout_s is None else timeout_s
+        return await self.gather.batch_of(items, limit_s)
 
-    async def _again(self, wanted: dict[str, tuple[Any, int]]) -> None:
-        """Submit once more what was given up among the wanted groups."""
-        given_up, self.consumer.given_up = self.consumer.given_up, set()
-        for name in given_up & wanted.keys():
-            item, tried = wanted.pop(name)
-            if tried >= TRIES:
-                raise StarvedError(f"prompt {item!r:.200} was given up {tried} times")
-            wanted[await self.submit(item)] = (item, tried + 1)
-            self.consumer.reserved = set(wanted)
+    async def evaluate(
+        self, items: Sequence[Any], *, timeout_s: float | None = None
+    ) -> list[list[Rollout]]:
+        """Run `items` as evaluation: outside of pacing, never stale; returns rollouts by item.
 
-    async def _news(self, left_s: float) -> None:
-        """Wait for an arrival, a moment at most; then look at the ledger's truth."""
-        try:
-            async with asyncio.timeout(min(LOOK_S, left_s)):
-                await self.consumer.news.wait()
-        except TimeoutError:
-            await self._durably(self.submitter.look, "read the ledger")
+        A sample that died is missing from its list. Headers say which versions made them.
 
-    def _ended(self) -> bool:
-        """Whether nothing more will come: the feed is exhausted and all it sent is here."""
-        if not self.submitter.fed or self.consumer.groups.open:
-            return False
-        here = sum(len(group.members) for group in self.consumer.ready.values())
-        return self.pacer.outstanding <= here + self.commits.handed
+        Raises:
+            StarvedError: They did not come in time.
+        """
+        limit_s = self.settings.starve_s if timeout_s is None else timeout_s
+        return await self.gather.evaluate(items, limit_s)
 
     # ---- after training ----------------------------------------------------------------------
 

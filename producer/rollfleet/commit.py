@@ -58,8 +58,7 @@ class Commits:
         """Plan a batch of `groups`, judged fresh at `version`, and make it."""
         self.number += 1
         await self._plan(self.number, Plan.of(self.number, "handed", groups).dumps())
-        for group in groups:
-            self.consumer.ready.pop(group.name, None)
+        self.consumer.hand(groups)
         batch = Batch(
             number=self.number,
             version=version,

@@ -62,6 +62,8 @@ class Consumer:
         #: Closed groups that may be trained on, for train and eval.
         self.ready: dict[str, Group] = {}
         self.evals: dict[str, Group] = {}
+        #: Groups that are in a batch which is not committed yet.
+        self.handed: dict[str, Group] = {}
         #: Set whenever something arrived, for those who wait.
         self.news = asyncio.Event()
         #: Batch of an earlier life by group: served first and in that order.
@@ -164,7 +166,8 @@ class Consumer:
 
     def _known(self, header: Header) -> bool:
         """Whether a closed group holds this sample already."""
-        group = self.ready.get(header.group) or self.evals.get(header.group)
+        name = header.group
+        group = self.ready.get(name) or self.handed.get(name) or self.evals.get(name)
         return group is not None and header.index in group.members
 
     async def _quarantine(self, partition: int, arrivals: Arrivals) -> None:
@@ -247,6 +250,17 @@ class Consumer:
             self.drops[reason] = self.drops.get(reason, 0) + len(rollouts)
             self.settled(len(rollouts))
 
+    def hand(self, groups: Iterable[Group]) -> None:
+        """These groups leave in a batch."""
+        for group in groups:
+            self.handed[group.name] = self.ready.pop(group.name)
+
+    async def finish(self, groups: Sequence[Group]) -> None:
+        """Evaluations that were read to the end are freed."""
+        for group in groups:
+            rollouts = [(m.entry, m.header.kind, m.header.payload) for m in group.members.values()]
+            await self._settle(group.partition, "commit", rollouts, [group])
+
     def remember(self, trained: Iterable[tuple[str, int]]) -> None:
         """Note what was trained, so that a Redis that lost its last second cannot repeat it."""
         self.recent.update(dict.fromkeys(trained))
@@ -256,6 +270,7 @@ class Consumer:
     def forget(self, group: Group) -> None:
         """A group left for a batch that was committed."""
         self.ready.pop(group.name, None)
+        self.handed.pop(group.name, None)
         self.replay.pop(group.name, None)
         self._held[group.partition] -= {member.entry for member in group.members.values()}
         self._tombs[group.partition] -= {entry for entry, _ in group.tombstones.values()}

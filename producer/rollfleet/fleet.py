@@ -18,6 +18,7 @@ from rollfleet.settings import TrainerSettings
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.ledger import Books
+from rollfleet_common.messages import Rollout
 
 __all__ = ["Fleet", "connect"]
 
@@ -79,7 +80,7 @@ class Fleet:
 
     def __init__(self, make: Callable[[], AsyncFleet], server: Any = None) -> None:
         self._server = server
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="rollfleet", daemon=True
         )
@@ -135,6 +136,12 @@ class Fleet:
             yield batch
             self._call(_await(settle(batch)))
             done += 1
+
+    def evaluate(
+        self, items: Sequence[Any], *, timeout_s: float | None = None
+    ) -> list[list[Rollout]]:
+        """Run prompts as evaluation; see :meth:`AsyncFleet.evaluate`."""
+        return self._call(self.aio.evaluate(items, timeout_s=timeout_s))
 
     def trained(self, batch: Batch) -> None:
         """The batch was trained on; see :meth:`AsyncFleet.trained`."""
@@ -244,6 +251,14 @@ class Fleet:
         except BaseException:
             future.cancel()
             raise
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 async def _await(awaitable: Awaitable[T]) -> T:

@@ -1,12 +1,12 @@
 """What a trainer can be told, by argument, variable or TOML file."""
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from rollfleet_common.settings import Settings
 from rollfleet_common.staleness import check_shape
-from rollfleet_common.units import Bytes, Seconds
+from rollfleet_common.units import Bytes, Listed, Seconds
 
 __all__ = ["TrainerSettings"]
 
@@ -55,7 +55,7 @@ class TrainerSettings(Settings):
     starve_s: Seconds = Field(
         1800.0, gt=0, description="Longest wait for a batch before StarvedError says why."
     )
-    servers: list[str] = Field(
+    servers: Annotated[list[str], Listed] = Field(
         default_factory=list,
         description="Inference servers that publish() refits; none if the trainer does it itself.",
     )

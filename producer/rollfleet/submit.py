@@ -8,6 +8,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -109,16 +110,27 @@ class Submitter:
             self.feeder.took(len(row))
         self.fed = True
 
-    async def submit(self, item: Any) -> str:
+    def name(self) -> str:
+        """A name for a group that is submitted by hand."""
+        return f"{self.prefix}-{secrets.token_hex(6)}"
+
+    async def submit(self, item: Any, *, name: str = "", kind: Kind | None = None) -> str:
         """Submit one prompt, waiting for room; returns its group's name.
+
+        Args:
+            item: For :func:`rollfleet.feed.to_prompt`.
+            name: Of the group; a new one if not given.
+            kind: In place of the item's own.
 
         Raises:
             InvalidPromptError, OversizeError: Nothing was sent.
             SupersededError: Another trainer has opened the run.
         """
         self.check()
-        group = f"{self.prefix}-{secrets.token_hex(6)}"
+        group = name or self.name()
         prompt = to_prompt(item, group=group, group_size=self.settings.group_size)
+        if kind is not None:
+            prompt = replace(prompt, kind=kind)
         if prompt.kind is Kind.TRAIN:
             self._fits(prompt)
             await self._room(prompt.n)

@@ -29,6 +29,8 @@ log = structlog.get_logger("rollfleet.worker")
 
 #: Deliveries that share one round trip.
 AT_ONCE = 64
+#: Round trips under way at once: one is packed while the server works on the other.
+LANES = 2
 #: Bytes that share one round trip, so that one large rollout does not hold up many small ones.
 BYTES_AT_ONCE = 8 << 20
 
@@ -76,6 +78,9 @@ class Outbox:
 
     async def pump(self) -> None:
         """Deliver for as long as the task lives."""
+        await asyncio.gather(*(self._lane() for _ in range(LANES)))
+
+    async def _lane(self) -> None:
         while True:
             await self._some.wait()
             items: list[_Waiting] = []

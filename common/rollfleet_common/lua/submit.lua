@@ -32,6 +32,10 @@ while arg <= #ARGV do
       local entry = redis.call('XADD', KEYS[key], '*', 'g', group, 'i', i, 'a', 1, 'k', kind, 'n', n, 'd', ARGV[arg + 6])
       record[#record + 1] = i
       record[#record + 1] = 'p' .. entry
+      if #record > 2000 then  -- unpack has a limit
+        redis.call(unpack(record))
+        record = {'HSET', KEYS[key + 1], 'n', n}
+      end
     end
     redis.call(unpack(record))
     if position >= 0 then

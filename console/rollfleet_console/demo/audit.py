@@ -1,0 +1,169 @@
+"""What was trained on, held against what the inference server says that it made.
+
+- Two witnesses, and nothing of the fleet between them: the server's token log (which weights made
+  each token, read off the weights themselves) and the trainer's own log of its optimiser's rows.
+- Every trained row must use up a log line of its own, with the same prompt and the same completion.
+  A row whose lines are used up was trained on twice; a row without any was made by nobody.
+- A row's age is the trainer's version less the oldest weights that made one of its tokens. The
+  label that came through the fleet is compared with those weights, token by token.
+- Equal completions of one prompt are told apart by their labels, where lines with those very
+  weights are left, and else are given the oldest. That is exact as long as all lines of the
+  completion are used up. A line too many means that a rollout was made twice (its worker died);
+  rows that such a line could also be meant for are counted as `ambiguous`, and `worst_staleness`
+  says how old they would be if it was.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rollfleet_console.demo.task import answer_to, decode, exact
+
+__all__ = ["Audit", "Made", "Trained", "audit", "read_made", "read_trained"]
+
+_Key = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A line of the server's log: one finished completion."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    #: Which weights made each token of the completion.
+    truth: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A row of the trainer's log."""
+
+    step: int
+    #: Of the weights that the step began with.
+    version: int
+    group: str
+    index: int
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    #: What the batch said made each token of the completion.
+    versions: tuple[int, ...]
+    reward: float
+
+
+@dataclass(slots=True)
+class Audit:
+    """What came out. All counts are in rows unless they say otherwise."""
+
+    rows: int = 0
+    #: Trained on before: the same (group, index) again, or no log line left to have come from.
+    duplicates: int = 0
+    #: The server's log knows no such completion of this prompt.
+    fabricated: int = 0
+    #: Tokens whose label is not the weights that made them.
+    mislabelled_tokens: int = 0
+    #: The reward is not what the task gives for this completion.
+    wrong_rewards: int = 0
+    #: Versions behind, of the oldest token that was trained; -1 if nothing was.
+    max_staleness: int = -1
+    #: Rows that a line too many could be meant for, and the greatest age if it was.
+    ambiguous: int = 0
+    worst_staleness: int = -1
+    #: Rows by age, of every step.
+    by_step: dict[int, Counter[int]] = field(default_factory=dict)
+    #: Tokens in the server's log.
+    tokens_made: int = 0
+
+    @property
+    def staleness(self) -> Counter[int]:
+        """Rows by age."""
+        return sum(self.by_step.values(), Counter[int]())
+
+
+def read_made(path: Path) -> Iterator[Made]:
+    """The server's log. Completions that were cut off are no rollouts, and left out."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            one = json.loads(line)
+            if one["finish_reason"] != "abort":
+                yield Made(tuple(one["prompt"]), tuple(one["token_ids"]), tuple(one["truth"]))
+
+
+def read_trained(path: Path) -> Iterator[Trained]:
+    """The trainer's log."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            step = json.loads(line)
+            for row in step["rows"]:
+                yield Trained(
+                    step=step["step"],
+                    version=step["version"],
+                    group=row["group"],
+                    index=row["index"],
+                    prompt=tuple(row["prompt"]),
+                    completion=tuple(row["completion"]),
+                    versions=tuple(row["versions"]),
+                    reward=row["reward"],
+                )
+
+
+def audit(trained: Iterable[Trained], made: Iterable[Made]) -> Audit:
+    """Hold the two logs against each other."""
+    found = Audit()
+    lines: dict[_Key, list[tuple[int, ...]]] = defaultdict(list)
+    for line in made:
+        lines[line.prompt, line.completion].append(line.truth)
+        found.tokens_made += len(line.completion)
+    claims: dict[_Key, list[Trained]] = defaultdict(list)
+    seen: set[tuple[str, int]] = set()
+    for row in trained:
+        found.rows += 1
+        found.by_step.setdefault(row.step, Counter())
+        found.wrong_rewards += row.reward != exact(row.completion, answer_to(decode(row.prompt)))
+        if (row.group, row.index) in seen:
+            found.duplicates += 1
+        else:
+            seen.add((row.group, row.index))
+            claims[row.prompt, row.completion].append(row)
+    for key, rows in claims.items():
+        _match(found, rows, lines.get(key, []))
+    return found
+
+
+def _match(found: Audit, rows: Sequence[Trained], lines: Sequence[tuple[int, ...]]) -> None:
+    """Give every row a line of its own; all have the same prompt and completion."""
+    if not lines:
+        found.fabricated += len(rows)
+        return
+    left = Counter(lines)
+    unclear: list[Trained] = []
+    for row in rows:
+        # All true labels first: a wrong one must not take the line of a right one.
+        if left[row.versions]:
+            left[row.versions] -= 1
+            _age(found, row, row.versions)
+        else:
+            unclear.append(row)
+    for row in unclear:
+        rest = +left
+        if rest:
+            truth = min(rest, key=min)
+            left[truth] -= 1
+            pairs = zip(row.versions, truth, strict=True)
+            found.mislabelled_tokens += sum(label != real for label, real in pairs)
+        else:
+            found.duplicates += 1
+            truth = min(lines, key=min)
+        _age(found, row, truth)
+    spare = min((min(truth) for truth in +left), default=None)
+    for row in rows:
+        oldest = min(row.versions) if spare is None else min(spare, *row.versions)
+        found.ambiguous += oldest < min(row.versions)
+        found.worst_staleness = max(found.worst_staleness, row.version - oldest)
+
+
+def _age(found: Audit, row: Trained, truth: tuple[int, ...]) -> None:
+    behind = row.version - min(truth)
+    found.by_step[row.step][behind] += 1
+    found.max_staleness = max(found.max_staleness, behind)
