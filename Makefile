@@ -35,7 +35,8 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m deploy.lint
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint worker/Dockerfile deploy/demo.Dockerfile
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -7,10 +7,10 @@ COPY common common
 COPY producer producer
 COPY worker worker
 COPY console console
-RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch \
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.3" \
     && pip install --no-cache-dir ".[demo]" \
     && useradd --system --uid 10001 --create-home rollfleet \
     && mkdir /weights && chown rollfleet /weights
-USER rollfleet
+USER 10001
 WORKDIR /home/rollfleet
 ENTRYPOINT ["python", "-m"]

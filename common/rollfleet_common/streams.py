@@ -229,8 +229,20 @@ class Streams:
         except (KeyError, ValueError, WireError) as exc:
             why = f"missing field {exc}" if isinstance(exc, KeyError) else str(exc)
             return Garbage(entry, why, fields, route)
+        prompt = self._last[1]
+        if (
+            not (0 <= index < prompt.n and attempt >= 1 and prompt.route == route)
+            or fields.get(b"g") != prompt.group.encode()
+        ):
+            # Such a lease could not be found again by the names that its prompt gives.
+            why = (
+                f"the entry is attempt {attempt} at member {index} of group {fields.get(b'g')!r} "
+                f"on route {route!r}, its prompt is group {prompt.group!r} of {prompt.n} on route "
+                f"{prompt.route!r}"
+            )
+            return Garbage(entry, why, fields, route)
         return Claim(
-            prompt=self._last[1],
+            prompt=prompt,
             index=index,
             attempt=attempt,
             entry=entry,

@@ -8,7 +8,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -52,8 +52,8 @@ class Plan:
 
     def dumps(self) -> bytes:
         """As it stands in Redis."""
-        packed: bytes = msgpack.packb([1, self.state, self.rollouts, self.groups, self.tombstones])
-        return packed
+        plan = [1, self.state, self.rollouts, self.groups, self.tombstones]
+        return cast(bytes, msgpack.packb(plan))
 
     @classmethod
     def loads(cls, number: int, packed: bytes) -> "Plan":

@@ -27,7 +27,8 @@ while arg <= #ARGV do
     redis.call('HINCRBY', KEYS[2], 'settled:train', 1)
     if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'x') end
     state = -3
-  elseif redis.call('PERSIST', KEYS[key + 2]) == 0 then
+  elseif redis.call('PERSIST', KEYS[key + 2]) == 0 and redis.call('EXISTS', KEYS[key + 2]) == 0 then
+    -- PERSIST alone would also refuse a payload that an earlier, refused call has persisted.
     state = -2
   else
     local header = redis.call('XADD', KEYS[3], '*', 'h', ARGV[arg + 5])

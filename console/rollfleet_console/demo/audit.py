@@ -23,6 +23,7 @@ from rollfleet_console.demo.task import answer_to, decode, exact
 
 __all__ = ["Audit", "Made", "Trained", "audit", "read_made", "read_trained"]
 
+_Truth = tuple[int, ...]
 _Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -50,6 +51,17 @@ class Trained:
     #: What the batch said made each token of the completion.
     versions: tuple[int, ...]
     reward: float
+
+
+@dataclass(slots=True)
+class _Claim:
+    """A trained row in search of the line that it came from."""
+
+    row: Trained
+    #: Its (group, index) was trained before, and is counted for that already.
+    repeated: bool
+    #: Of the line that it was given.
+    truth: _Truth | None = None
 
 
 @dataclass(slots=True)
@@ -115,55 +127,49 @@ def audit(trained: Iterable[Trained], made: Iterable[Made]) -> Audit:
     for line in made:
         lines[line.prompt, line.completion].append(line.truth)
         found.tokens_made += len(line.completion)
-    claims: dict[_Key, list[Trained]] = defaultdict(list)
+    claims: dict[_Key, list[_Claim]] = defaultdict(list)
     seen: set[tuple[str, int]] = set()
     for row in trained:
         found.rows += 1
         found.by_step.setdefault(row.step, Counter())
         found.wrong_rewards += row.reward != exact(row.completion, answer_to(decode(row.prompt)))
-        if (row.group, row.index) in seen:
-            found.duplicates += 1
-        else:
-            seen.add((row.group, row.index))
-            claims[row.prompt, row.completion].append(row)
+        repeated = (row.group, row.index) in seen
+        found.duplicates += repeated
+        seen.add((row.group, row.index))
+        claims[row.prompt, row.completion].append(_Claim(row, repeated))
     for key, rows in claims.items():
-        _match(found, rows, lines.get(key, []))
+        if key in lines:
+            _match(found, rows, lines[key])
+        else:
+            found.fabricated += len(rows)
     return found
 
 
-def _match(found: Audit, rows: Sequence[Trained], lines: Sequence[tuple[int, ...]]) -> None:
-    """Give every row a line of its own; all have the same prompt and completion."""
-    if not lines:
-        found.fabricated += len(rows)
-        return
+def _match(found: Audit, claims: Sequence[_Claim], lines: Sequence[_Truth]) -> None:
+    """Give every claim a line of its own; all have the same prompt and completion."""
     left = Counter(lines)
-    unclear: list[Trained] = []
-    for row in rows:
+    for claim in claims:
         # All true labels first: a wrong one must not take the line of a right one.
-        if left[row.versions]:
-            left[row.versions] -= 1
-            _age(found, row, row.versions)
-        else:
-            unclear.append(row)
-    for row in unclear:
-        rest = +left
-        if rest:
-            truth = min(rest, key=min)
-            left[truth] -= 1
-            pairs = zip(row.versions, truth, strict=True)
+        if left[claim.row.versions]:
+            claim.truth = claim.row.versions
+            left[claim.truth] -= 1
+    for claim in claims:
+        if claim.truth is not None:
+            continue
+        if rest := +left:
+            claim.truth = min(rest, key=min)
+            left[claim.truth] -= 1
+            pairs = zip(claim.row.versions, claim.truth, strict=True)
             found.mislabelled_tokens += sum(label != real for label, real in pairs)
         else:
-            found.duplicates += 1
-            truth = min(lines, key=min)
-        _age(found, row, truth)
-    spare = min((min(truth) for truth in +left), default=None)
-    for row in rows:
-        oldest = min(row.versions) if spare is None else min(spare, *row.versions)
-        found.ambiguous += oldest < min(row.versions)
-        found.worst_staleness = max(found.worst_staleness, row.version - oldest)
-
-
-def _age(found: Audit, row: Trained, truth: tuple[int, ...]) -> None:
-    behind = row.version - min(truth)
-    found.by_step[row.step][behind] += 1
-    found.max_staleness = max(found.max_staleness, behind)
+            found.duplicates += not claim.repeated
+            claim.truth = min(lines, key=min)
+    unused = [min(truth) for truth in +left]
+    for claim in claims:
+        oldest = min(claim.truth or (0,))
+        behind = claim.row.version - oldest
+        found.by_step[claim.row.step][behind] += 1
+        found.max_staleness = max(found.max_staleness, behind)
+        worst = min([oldest, *unused])
+        found.ambiguous += worst < oldest
+        found.worst_staleness = max(found.worst_staleness, claim.row.version - worst)

@@ -1,0 +1,262 @@
+"""The main job, ``rollfleet demo``: a fleet on one machine that teaches a small transformer to sort.
+
+- Everything is real: a Redis server, an inference server with real weights, worker daemons, and a
+  trainer in this process; all of it is gone when :func:`main` returns or raises.
+- The books are read once, after the workers have drained; the report says what they said.
+- Exit code 0 means that the books balance, the audit found nothing, and the reward has risen.
+- ``ROLLFLEET_*`` variables do not reach the demo: it brings its own settings.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import structlog
+import torch
+
+import rollfleet
+from rollfleet_common.errors import RollfleetError, SettingsError
+from rollfleet_common.redis import connect_sync
+from rollfleet_console.demo.audit import audit, read_made, read_trained
+from rollfleet_console.demo.model import Policy, warm_start
+from rollfleet_console.demo.processes import Processes
+from rollfleet_console.demo.report import Kill, Outcome, draw, make_report, problems, write
+from rollfleet_console.demo.screen import Screen
+from rollfleet_console.demo.trainer import Step, Trainer, feed
+
+__all__ = ["Options", "main"]
+
+RUN = "demo"
+PROMPTS_A_STEP = 32
+GROUP_SIZE = 8
+WARM_STEPS = 18
+#: Steps over which the reward is averaged to say that it has reached a target.
+SMOOTH_STEPS = 10
+#: Longest wait for a batch before it is said that something is wrong; steps take a fraction of one.
+STARVE_S = 60.0
+#: Of the examples of the warm start, so that they are not the prompts of the training.
+WARM_SEED = 1_000_003
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command can be told."""
+
+    steps: int = 300
+    seed: int = 0
+    #: Where the report goes; in `out` if not given.
+    report: Path | None = None
+    #: Kill a worker with -9 after this step, and start another.
+    kill_worker_at: int | None = None
+    max_staleness: int = 2
+    workers: int = 2
+    out: Path = Path("demo-out")
+    #: End once the mean reward of 10 steps has reached this.
+    target: float | None = None
+    #: Leave logs and weights behind.
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kill_worker_at is not None and not 1 <= self.kill_worker_at <= self.steps:
+            raise SettingsError(
+                f"kill_worker_at is {self.kill_worker_at}; the steps are 1 to {self.steps}"
+            )
+        if self.steps < 1 or self.workers < 1 or self.max_staleness < 0:
+            raise SettingsError(
+                f"steps ({self.steps}) and workers ({self.workers}) must be at least 1, and "
+                f"max_staleness ({self.max_staleness}) at least 0"
+            )
+
+
+def main(given: Mapping[str, Any]) -> int:
+    """Run the demo with these :class:`Options`; returns the exit code.
+
+    Raises:
+        RollfleetError: A part of it did not start, or failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after everything was torn down.
+    """
+    options = Options(**given)
+    options.out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.out.absolute()))
+    screen = Screen(options.steps)
+    fine = False
+    try:
+        with _alone(folder), screen:
+            outcome = _run(options, folder, screen)
+            screen.say("holding the logs against each other")
+            report = make_report(outcome)
+        path = options.report or options.out / "report.json"
+        write(report, path)
+        draw(report, options.out / "learning.png")
+        wrong = problems(report)
+        screen.summary(report, wrong, [path, options.out / "learning.png"])
+        fine = not wrong
+        return 0 if fine else 1
+    finally:
+        if options.keep or not fine:
+            screen.say(f"logs and weights: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
+    """Build the fleet, train, drain; returns what there is to report."""
+    began = time.monotonic()
+    # One thread each for the trainer and the server: two cores are enough for the whole fleet.
+    torch.set_num_threads(1)
+    policy = Policy(seed=options.seed)
+    screen.say(f"warm start: {WARM_STEPS} steps of imitation, so that there is a reward to find")
+    warm_start(policy, WARM_STEPS, seed=WARM_SEED + options.seed)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((folder / "trained.jsonl").open("w", encoding="utf-8"))
+        trainer = Trainer(policy, folder, log)
+        processes = Processes(folder)
+        stack.callback(processes.stop)
+        screen.say("starting Redis, the inference server and the workers")
+        processes.start_server(trainer.save(), trainer.version, options.seed)
+        fleet = stack.enter_context(
+            rollfleet.connect(
+                "embedded://",
+                run=RUN,
+                version=trainer.version,
+                samples_per_version=PROMPTS_A_STEP * GROUP_SIZE,
+                group_size=GROUP_SIZE,
+                max_staleness=options.max_staleness,
+                servers=[processes.server_url],
+                starve_s=STARVE_S,
+            )
+        )
+        # Ahead of the fleet's end: workers whose Redis is gone would wait for it.
+        stack.callback(processes.stop)
+        processes.start_workers(options.workers, fleet.redis_url, RUN)
+        loop = _Loop(options, fleet, processes, screen)
+        loop.run(trainer)
+        screen.say("draining the workers")
+        processes.drain_workers()
+        books = fleet.books()
+        screen.books(books)
+        log.flush()
+        return Outcome(
+            seed=options.seed,
+            workers=options.workers,
+            staleness_bound=options.max_staleness,
+            steps=loop.steps,
+            books=books,
+            audit=audit(read_trained(folder / "trained.jsonl"), read_made(processes.token_log)),
+            kills=loop.kills,
+            exit_codes=dict(processes.exit_codes),
+            redis=_redis_name(fleet.redis_url),
+            seconds_total=time.monotonic() - began,
+            wanted_steps=options.steps if options.target is None else None,
+        )
+
+
+class _Loop:
+    """What happens around the training steps."""
+
+    def __init__(
+        self, options: Options, fleet: rollfleet.Fleet, processes: Processes, screen: Screen
+    ) -> None:
+        self.options = options
+        self.fleet = fleet
+        self.processes = processes
+        self.screen = screen
+        self.steps: list[Step] = []
+        self.kills: list[Kill] = []
+        self._recent: deque[float] = deque(maxlen=SMOOTH_STEPS)
+
+    def run(self, trainer: Trainer) -> None:
+        """Feed and train.
+
+        Raises:
+            RollfleetError: A process has ended, or no batch came.
+        """
+        stopped = threading.Event()
+        self.fleet.feed(feed(self.options.seed, stopped))
+        try:
+            trainer.train(self.fleet, self.options.steps, self._after)
+        except RollfleetError:
+            self.processes.check()  # what has ended is the better reason
+            raise
+        finally:
+            stopped.set()
+
+    def _after(self, step: Step) -> bool:
+        """After every step; False to end here."""
+        self.steps.append(step)
+        self._recent.append(step.reward)
+        self.processes.check()
+        if step.number == self.options.kill_worker_at:
+            self._kill(step.number)
+        self.screen.step(step, self.fleet.books)
+        target = self.options.target
+        reached = target is not None and sum(self._recent) / SMOOTH_STEPS >= target
+        return not reached
+
+    def _kill(self, step: int) -> None:
+        """Kill a worker that holds leases: between two steps there may be none for a moment."""
+        deadline = time.monotonic() + 2.0
+        while not (held := self.fleet.books().in_flight) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        killed = self.processes.kill_worker()
+        started = self.processes.start_worker()
+        self.kills.append(Kill(step, killed, started, held))
+        self.screen.say(f"step {step}: killed {killed} with -9, started {started}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The demo's own settings, logs and signals; all is put back at the end."""
+    env = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("ROLLFLEET_")}
+    logs = structlog.get_config()
+    threads = torch.get_num_threads()
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if main_thread else None
+    with (folder / "trainer.log").open("a", encoding="utf-8") as log:
+        _log_to(log)
+        try:
+            yield
+        finally:
+            structlog.configure(**logs)
+            torch.set_num_threads(threads)
+            os.environ.update(env)
+            if main_thread:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _log_to(log: IO[str]) -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=log),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _redis_name(url: str) -> str:
+    """Name and version of the server, as it says itself."""
+    client = connect_sync(url, role="demo")
+    try:
+        info: dict[str, Any] = client.info("server")  # type: ignore[assignment]
+    finally:
+        client.close()
+    name = info.get("server_name", "redis")
+    return f"{name} {info.get(f'{name}_version', info.get('redis_version', '?'))}"
