@@ -35,4 +35,5 @@ class Empty:
 
     async def run(self, prompt: Prompt, context: Context) -> Sample:
         """A sample of `prompt.data["tokens"]` tokens."""
-        return sample_of(len(prompt.token_ids), prompt.data["tokens"], context.version)
+        tokens: int = prompt.data["tokens"]
+        return sample_of(min(len(prompt.token_ids), tokens // 2), tokens, context.version)

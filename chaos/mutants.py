@@ -39,7 +39,8 @@ def _p1_lose(part: str) -> None:
 
 
 def _p2_twice(part: str) -> None:
-    """Deliver does not look whose lease it is."""
+    """Deliver does not look whose lease it is, and a worker is not told that it lost one."""
+    _rewrite("renew", "lost[#lost + 1] = ARGV[i]", "")
     _rewrite("deliver", "if #held == 0 then", "if false then")
     _rewrite("deliver", "elseif held[1][2] ~= ARGV[1] then", "elseif false then")
 

@@ -21,9 +21,7 @@ from typing import Any
 
 import structlog
 
-import rollfleet
 from chaos import mutants
-from rollfleet_common.errors import RollfleetError
 
 __all__ = ["main"]
 
@@ -66,6 +64,8 @@ class Program:
         """Train until the feed has ended; returns the exit code."""
         # Counted, not done: the handler runs between any two lines of the loop.
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "bumps", self.bumps + 1))
+        import rollfleet  # noqa: PLC0415 - after the mutants were planted
+
         state = self._resume()
         self.log.write("opening", version=-1 if state is None else state["version"])
         fleet = rollfleet.connect(
@@ -105,17 +105,28 @@ class Program:
         return 0
 
     def _resume(self) -> dict[str, Any] | None:
-        saved = [line for line in read_log(self.dir / "trainer.jsonl") if line["ev"] == "checkpoint"]
+        epoch, saved = 0, ""
+        for line in read_log(self.dir / "trainer.jsonl"):
+            if line["ev"] == "opened":
+                epoch = line["epoch"]
+            elif line["ev"] == "checkpoint" and line["epoch"] == epoch:  # none of a zombie
+                saved = line["state"]
         if not saved:
             return None
-        state: dict[str, Any] = json.loads((self.dir / saved[-1]["state"]).read_text())
+        state: dict[str, Any] = json.loads((self.dir / saved).read_text())
         return state
 
     def _save(self, fleet: Any) -> None:
         state = fleet.state_dict()
         name = f"state-{os.getpid()}-{state['batch']}.json"
         (self.dir / name).write_text(json.dumps(state))
-        self.log.write("checkpoint", state=name, batches=self.unsaved, version=state["version"])
+        self.log.write(
+            "checkpoint",
+            state=name,
+            batches=self.unsaved,
+            version=state["version"],
+            epoch=fleet.aio.epoch,
+        )
         self.unsaved = []
         fleet.commit()
         self.log.write("committed", batch=state["batch"])
@@ -175,6 +186,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--take-over", action="store_true")
     options = parser.parse_args(argv)
     mutants.plant("trainer")
+    from rollfleet_common.errors import RollfleetError  # noqa: PLC0415
+
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -17,6 +17,7 @@
     │   └── BrokerSetupError                Redis refuses us or is set up so that it may lose data
     ├── SupersededError                     another trainer has opened this run
     ├── StarvedError (TimeoutError)         no batch came in the time allowed, with the reason
+    ├── PolicyError                         a freshness policy raised, or answered nonsense
     ├── EpisodeError                        an episode failed; `kind` says whose fault it was
     │   ├── InfraError                      server, network or worker: try elsewhere
     │   │   ├── EngineUnavailableError      an inference server cannot be reached or is failing
@@ -52,6 +53,7 @@ __all__ = [
     "InvalidPromptError",
     "InvalidSampleError",
     "OversizeError",
+    "PolicyError",
     "RefitError",
     "RewardError",
     "RollfleetError",
@@ -144,6 +146,10 @@ class SupersededError(RollfleetError):
 
 class StarvedError(RollfleetError, TimeoutError):
     """No batch came in the time allowed; the message says what the fleet was waiting for."""
+
+
+class PolicyError(RollfleetError):
+    """A freshness policy raised, or answered nonsense: nothing is trained on by guess."""
 
 
 class EpisodeError(RollfleetError):

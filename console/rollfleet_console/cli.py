@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_console.dead_commands import dead
 from rollfleet_console.reach import Config, Json, RedisUrl, Run, ask, print_json, settings_of, show
+from rollfleet_console.simulate.command import simulate
 
 __all__ = ["app", "main"]
 
@@ -54,6 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(dead, name="dead")
+app.command()(simulate)
 
 
 def main() -> None:
@@ -162,7 +164,13 @@ def demo(
         int | None, typer.Option(help="Versions behind; 0 trains synchronously.", min=0)
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.", min=1)] = None,
+    target: Annotated[
+        float | None, typer.Option(help="End at this reward, as a mean of 10 steps.", min=0, max=1)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for picture and logs.")] = None,
+    keep: Annotated[
+        bool | None, typer.Option("--keep", help="Leave logs and weights in that folder.")
+    ] = None,
 ) -> None:
     """Train a small model on one machine, with a real fleet, until its reward has risen."""
     given = {
@@ -172,7 +180,9 @@ def demo(
         "kill_worker_at": kill_worker_at,
         "max_staleness": max_staleness,
         "workers": workers,
+        "target": target,
         "out": out,
+        "keep": keep,
     }
     try:
         job = importlib.import_module("rollfleet_console.demo.job")

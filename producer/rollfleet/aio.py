@@ -292,9 +292,10 @@ class AsyncFleet:
 
         Raises:
             InvalidPromptError, OversizeError: Nothing was sent.
+            StarvedError: There was no room within `starve_s`.
             SupersededError: Another trainer has opened the run.
         """
-        return await self.submitter.submit(item)
+        return await self.gather.submit(item, self.settings.starve_s)
 
     # ---- 4. consume --------------------------------------------------------------------------
 

@@ -56,8 +56,11 @@ class Commits:
         waited_s: float,
     ) -> Batch:
         """Plan a batch of `groups`, judged fresh at `version`, and make it."""
-        self.number += 1
-        await self._plan(self.number, Plan.of(self.number, "handed", groups).dumps())
+        # A call that is cancelled here leaves its number, and so its plan, to the next one: a plan
+        # of a batch that nobody got would let a later checkpoint commit what was never trained.
+        number = self.number + 1
+        await self._plan(number, Plan.of(number, "handed", groups).dumps())
+        self.number = number
         self.consumer.hand(groups)
         batch = Batch(
             number=self.number,

@@ -208,9 +208,12 @@ class Fleet:
         return self._auto
 
     def prepare_batch(self, source: Iterable[Any], timeout: float | None = None) -> Batch:
-        """The next batch while `source` feeds in the background, as AReaL's ``prepare_batch``."""
+        """The next batch while `source` feeds in the background, as AReaL's ``prepare_batch``.
+
+        A source that can be iterated again (a list, a DataLoader) is, for ever, as theirs is.
+        """
         if not self.aio.feeding:
-            self.feed(source)
+            self.feed(_round_and_round(source))
         return self.wait(self.aio.settings.batch // self.aio.settings.group_size, timeout)
 
     # ---- life ----------------------------------------------------------------------------------
@@ -251,6 +254,17 @@ class Fleet:
         except BaseException:
             future.cancel()
             raise
+
+
+def _round_and_round(source: Iterable[T]) -> Iterator[T]:
+    """All of `source`, again and again, until it yields nothing."""
+    while True:
+        some = False
+        for item in source:
+            some = True
+            yield item
+        if not some:
+            return
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

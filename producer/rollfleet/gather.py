@@ -68,6 +68,17 @@ class Gather:
         self.version = version
         self.check = check
         self.reason = reason
+        #: One gathers at a time: two would choose the same groups.
+        self._turn = asyncio.Lock()
+
+    async def submit(self, item: Any, limit_s: float) -> str:
+        """Submit one prompt when there is room for it; returns its group's name.
+
+        Raises:
+            StarvedError: There was none within `limit_s`.
+        """
+        async with _Patience("room for one more prompt", limit_s, self.reason):
+            return await self.submitter.submit(item)
 
     async def next(self, want: int, limit_s: float) -> Batch | None:
         """A batch of `want` fresh samples; a smaller one, then None, when the feed has ended.
@@ -77,6 +88,10 @@ class Gather:
             SettingsError: They could never be outstanding at once.
         """
         self._fit(want)
+        async with self._turn:
+            return await self._next(want, limit_s)
+
+    async def _next(self, want: int, limit_s: float) -> Batch | None:
         began = time.monotonic()
         async with _Patience(f"a batch of {want} samples", limit_s, self.reason) as patience:
             while True:
@@ -88,7 +103,7 @@ class Gather:
                 fresh = [group for group in groups if group.name in rollouts]
                 enough = sum(len(group.members) for group in fresh) >= want
                 # Published meanwhile, or some fell out: judge and choose again.
-                if version == self.version() and (enough or (fresh and self.ended)):
+                if version == self.version() and (enough or (fresh and self._last(fresh, want))):
                     break
         return await self.commits.hand_over(fresh, rollouts, version, time.monotonic() - began)
 
@@ -100,9 +115,13 @@ class Gather:
             groups = await self.consumer.sweep(self.consumer.choose(want))
             if sum(len(group.members) for group in groups) >= want:
                 return groups
-            if self.ended and len(groups) == len(self.consumer.choose(want)):
+            if self._last(groups, want):
                 return groups
             await self._news(patience)
+
+    def _last(self, groups: Sequence[Group], want: int) -> bool:
+        """Whether these are all that is left, and nothing more will come."""
+        return self.ended and len(groups) == len(self.consumer.choose(want))
 
     @property
     def ended(self) -> bool:
@@ -120,6 +139,10 @@ class Gather:
             SettingsError: They could never be outstanding at once.
         """
         self._fit(len(items) * self.settings.group_size)
+        async with self._turn:
+            return await self._batch_of(items, limit_s)
+
+    async def _batch_of(self, items: Sequence[Any], limit_s: float) -> Batch:
         began = time.monotonic()
         wanted: dict[str, tuple[Any, int]] = {}
         try:

@@ -236,7 +236,7 @@ def test_slots_bound_what_runs_at_once(
     with rollfleet.connect(redis_url, run="slots", **shape) as fleet:
         # Fewer slots than routes, all of which have work.
         for route in ("a", "b", "c"):
-            fleet.submit({"token_ids": [1], "route": route, "gate": gate, "trace": trace})
+            fleet.submit({"token_ids": [1], "route": route, "gate": str(gate), "trace": str(trace)})
         worker = processes.worker(redis_url, "slots", "a=Gated", "b=Gated", "c=Gated", slots=2)
         wait_until(lambda: len(lines(trace)) >= 2, "two episodes to start", 30.0)
         # One more look of the claimer would have brought too many.
@@ -304,7 +304,7 @@ def test_wait_keeps_what_came_when_it_is_too_early(redis_url: str, processes: Pr
         with pytest.raises(rollfleet.StarvedError, match="4 samples wait for a worker"):
             fleet.wait(1, timeout=0.2)
         processes.worker(redis_url, "wait")
-        with pytest.raises(rollfleet.StarvedError, match="no batch of 8 samples within 1.5 s"):
+        with pytest.raises(rollfleet.StarvedError, match="a batch of 8 samples did not come within 1.5 s"):
             wait_until(lambda: fleet.books().handed_out == 4, "the first group", 30.0)
             fleet.wait(2, timeout=1.5)
         fleet.submit({"token_ids": [1]})
@@ -449,7 +449,7 @@ def test_what_is_too_old_is_dropped_and_replaced(
     gate = tmp_path / "gate"
     processes.worker(redis_url, "stale", "slow=Gated", "default=Echo")
     with rollfleet.connect(redis_url, run="stale", max_staleness=1, **SHAPE) as fleet:
-        fleet.submit({"token_ids": [1], "route": "slow", "gate": gate})
+        fleet.submit({"token_ids": [1], "route": "slow", "gate": str(gate)})
         wait_until(lambda: fleet.books().in_flight == 4, "the slow ones to begin", 30.0)
         fleet.publish()
         fleet.publish()

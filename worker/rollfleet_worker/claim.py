@@ -59,6 +59,7 @@ class Claimer:
         refuse: Callable[[Claim, Failure], None],
         owns: Callable[[str], bool],
         on_wait: Callable[[Exception, float], None],
+        alone: bool,
     ) -> None:
         self.streams = streams
         self.leases = leases
@@ -72,6 +73,10 @@ class Claimer:
         self.refuse = refuse
         self.owns = owns
         self.on_wait = on_wait
+        #: Whether this claimer reads one stream, and is the only one of its worker.
+        self.alone = alone
+        #: Slots taken that no episode has yet.
+        self._spare = 0
         self._grouped = False
         self._next_reclaim = 0.0
 
@@ -81,60 +86,68 @@ class Claimer:
             await self.gate()
             if stopping.is_set():
                 return
-            # Several streams are read with COUNT 1 each, one stream with all that is free.
-            width = len(self.routes)
-            taken = await self.slots.take(width, self.slots.total if width == 1 else width)
-            used = 0
+            # Who reads the only stream there is blocks with all free slots. Of several streams and
+            # partitions each blocks with one slot, and tops up when it has found work: slots that
+            # wait at an empty stream are missing at a full one.
+            least = len(self.routes)
+            self._spare = await self.slots.take(least, self.slots.total if self.alone else least)
             try:
-                used = await self._fill(taken, stopping)
+                await self._fill(stopping)
             except Exception as exc:  # noqa: BLE001 - what is not transient is raised again
                 if not self._lost_groups(exc):
                     await self._away(exc)
             finally:
-                self.slots.give(taken - used)
+                self.slots.give(self._spare)
+                self._spare = 0
 
-    async def _fill(self, free: int, stopping: asyncio.Event) -> int:
-        """Claim into `free` slots; returns how many were used."""
+    async def _fill(self, stopping: asyncio.Event) -> None:
+        """Claim into the spare slots; what is spawned has its own from then on."""
         if not self._grouped:
             await self.streams.make_groups(self.routes)
             self._grouped = True
-        used = await self._reclaim(free) if time.monotonic() >= self._next_reclaim else 0
-        if used == free or stopping.is_set():
-            return used
-        width = len(self.routes)
+        had = self._spare
+        if time.monotonic() >= self._next_reclaim:
+            await self._reclaim()
+        if not self._spare or stopping.is_set():
+            return
         random.shuffle(self.routes)  # no route is always read first
-        count = free - used if width == 1 else 1
-        used += await self._read(count, BLOCK_MS if not used else None)
-        if width > 1 and used and (more := self.slots.try_take(self.slots.total)):
+        await self._read(BLOCK_MS if self._spare == had else None)
+        if not self.alone and self._spare < had:
             # Work is there: top up without waiting.
-            got = await self._read(max(more // width, 1), None) if more >= width else 0
-            self.slots.give(more - got)
-        return used
+            self._spare += self.slots.try_take(self.slots.total)
+            if self._spare and not stopping.is_set():
+                await self._read(None)
 
-    async def _read(self, count: int, block_ms: int | None) -> int:
+    async def _read(self, block_ms: int | None) -> None:
+        # COUNT is per stream: never more streams than slots.
+        routes = self.routes[: self._spare]
         claims, garbage = await self.streams.claim(
-            self.reader, self.leases.worker, self.routes, count, block_ms
+            self.reader, self.leases.worker, routes, self._spare // len(routes), block_ms
         )
-        for entry in garbage:
-            await self._bury(entry)
         now_ms = time.time() * 1000
         for claim in claims:
             self.metrics.claimed.labels(claim.prompt.route).inc()
             self.metrics.queue_s.observe(max(now_ms - claim.queued_ms, 0) / 1000)
-            self.spawn(claim)
-        return len(claims)
+            self._begin(claim)
+        for entry in garbage:
+            await self._bury(entry)
 
-    async def _reclaim(self, free: int) -> int:
+    def _begin(self, claim: Claim) -> None:
+        """The slot is the episode's from here on, whatever fails after it."""
+        self._spare -= 1
+        self.spawn(claim)
+
+    async def _reclaim(self) -> None:
         lease_ms = int(self.settings.lease_s * 1000)
         self._next_reclaim = time.monotonic() + self.settings.lease_s / 3 * random.uniform(0.5, 1.5)
-        used = 0
+        garbage: list[Garbage] = []
         for route in self.routes:
-            if used >= free:
+            if not self._spare:
                 break
-            taken = await self.leases.reclaim(self.streams, route, lease_ms, free - used)
+            taken = await self.leases.reclaim(self.streams, route, lease_ms, self._spare)
             for claim, deliveries, owner in taken:
                 if isinstance(claim, Garbage):
-                    await self._bury(claim)
+                    garbage.append(claim)
                 elif self.owns(claim.entry):
                     continue  # our own renewal was late; it runs here
                 elif deliveries > self.settings.attempts_poison:
@@ -149,9 +162,9 @@ class Claimer:
                         owner=owner,
                     )
                     self.metrics.reclaimed.inc()
-                    self.spawn(claim)
-                    used += 1
-        return used
+                    self._begin(claim)
+        for entry in garbage:
+            await self._bury(entry)
 
     async def _bury(self, garbage: Garbage) -> None:
         log.error("garbage on the prompts stream", entry=garbage.entry, why=garbage.why)

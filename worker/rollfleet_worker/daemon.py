@@ -203,7 +203,11 @@ class Worker:
         if self._stopping.is_set():
             self._at_once.set()
         log.info("stopping", again=self._stopping.is_set(), episodes=len(self._alive))
+        self._end_claiming()
+
+    def _end_claiming(self) -> None:
         self._stopping.set()
+        self.slots.close()
 
     async def run(self) -> int:
         """Live until stopped; returns the exit code.
@@ -347,6 +351,7 @@ class Worker:
                     refuse=self._refuse,
                     owns=lambda entry, p=partition: f"{p}/{entry}" in self._alive,  # type: ignore[misc]
                     on_wait=self._on_wait,
+                    alone=partitions * len(self.routes) == 1,
                 )
             )
         return Pulse(
@@ -374,7 +379,7 @@ class Worker:
             log.error(
                 "a part of the worker failed", part=ended.get_name(), exc_info=ended.exception()
             )
-            self._stopping.set()
+            self._end_claiming()
         return ended
 
     async def _drain(

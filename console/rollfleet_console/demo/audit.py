@@ -60,8 +60,8 @@ class _Claim:
     row: Trained
     #: Its (group, index) was trained before, and is counted for that already.
     repeated: bool
-    #: Of the line that it was given.
-    truth: _Truth | None = None
+    #: Of the line that it was given; empty until then.
+    truth: _Truth = ()
 
 
 @dataclass(slots=True)
@@ -82,6 +82,8 @@ class Audit:
     #: Rows that a line too many could be meant for, and the greatest age if it was.
     ambiguous: int = 0
     worst_staleness: int = -1
+    #: Made by more than one version: the weights changed while they were in flight.
+    mixed: int = 0
     #: Rows by age, of every step.
     by_step: dict[int, Counter[int]] = field(default_factory=dict)
     #: Tokens in the server's log.
@@ -154,7 +156,7 @@ def _match(found: Audit, claims: Sequence[_Claim], lines: Sequence[_Truth]) -> N
             claim.truth = claim.row.versions
             left[claim.truth] -= 1
     for claim in claims:
-        if claim.truth is not None:
+        if claim.truth:
             continue
         if rest := +left:
             claim.truth = min(rest, key=min)
@@ -166,7 +168,8 @@ def _match(found: Audit, claims: Sequence[_Claim], lines: Sequence[_Truth]) -> N
             claim.truth = min(lines, key=min)
     unused = [min(truth) for truth in +left]
     for claim in claims:
-        oldest = min(claim.truth or (0,))
+        oldest = min(claim.truth)
+        found.mixed += max(claim.truth) > oldest
         behind = claim.row.version - oldest
         found.by_step[claim.row.step][behind] += 1
         found.max_staleness = max(found.max_staleness, behind)

@@ -18,7 +18,7 @@ from rollfleet_common.child import GuardedChild
 from rollfleet_common.errors import RollfleetError
 from rollfleet_console.demo.task import ANSWER_TOKENS
 
-__all__ = ["LEASE_S", "Processes"]
+__all__ = ["LEASE_S", "SLOTS", "Processes"]
 
 #: Episodes at once in one worker. They only wait for HTTP, and the server fits 256 in one pass.
 SLOTS = 192

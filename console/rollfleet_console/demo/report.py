@@ -90,6 +90,7 @@ def make_report(outcome: Outcome) -> dict[str, Any]:
         "fabricated_trained": found.fabricated,
         "mislabelled_tokens": found.mislabelled_tokens,
         "wrong_rewards": found.wrong_rewards,
+        "mixed_version_samples": found.mixed,
         "ambiguous_samples": found.ambiguous,
         "worst_staleness": found.worst_staleness,
         "tokens_made": found.tokens_made,
@@ -182,8 +183,7 @@ def write(report: Mapping[str, Any], path: Path) -> None:
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw the learning curve and the ages of what was trained on, as a PNG."""
-    # Neither the window system nor pyplot's global state is wanted here.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # heavy
+    # Not by pyplot, which has global state and may look for a window system.
     from matplotlib.figure import Figure  # noqa: PLC0415  # heavy
 
     curve = report["curve"]
@@ -204,8 +204,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     total = sum(ages.values()) or 1
     shown = range(max([*ages, report["staleness_bound"]]) + 1)
     bars = right.bar(shown, [100 * ages.get(age, 0) / total for age in shown], color="#1f4e9c")
-    right.bar_label(bars, fmt="%.0f %%", padding=2)
-    right.axvline(report["staleness_bound"] + 0.5, color="#c0392b", linestyle="--", linewidth=1)
+    right.bar_label(bars, fmt="%.1f", padding=2)
+    bound = report["staleness_bound"] + 0.5
+    right.axvline(bound, color="#c0392b", linestyle="--", linewidth=1, label="bound")
+    right.legend(loc="upper left", frameon=False)
     right.set(
         xlabel="versions behind, oldest token",
         ylabel="% of samples",
@@ -222,4 +224,4 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path, format="png")

@@ -74,6 +74,8 @@ class Screen:
 
     def step(self, step: Step, books: Callable[[], Books]) -> None:
         """Take in a step; `books` is called if there is something to show."""
+        if not self.steps:
+            self._notes.clear()  # what was said of the start is over
         self.steps.append(step)
         last = step.number == self.wanted
         if self._live is None:
@@ -257,31 +259,28 @@ def _books(books: Books) -> Text:
 
 
 def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    samples, seconds = report["samples_trained"], report["seconds"]
+    trained = f"{report['steps']:,} steps, {samples:,} samples, {report['tokens']:,} tokens"
+    shares = ", ".join(f"{n / samples:.1%} {age}" for age, n in report["staleness"].items())
+    twice, nowhere = report["duplicates_trained"], report["fabricated_trained"]
+    mislabelled = report["mislabelled_tokens"]
     rows = [
         ("reward", f"{report['reward_first']:.3f} -> [bold]{report['reward_last']:.3f}[/]"),
-        (
-            "trained",
-            f"{report['steps']:,} steps, {report['samples_trained']:,} samples, "
-            f"{report['tokens']:,} tokens in {report['seconds']:.1f} s "
-            f"({report['samples_trained'] / report['seconds']:,.0f} samples/s)",
-        ),
+        ("trained", trained),
+        ("speed", f"{seconds:.1f} s, {samples / seconds:,.0f} samples/s"),
         (
             "staleness",
-            f"at most {report['max_staleness_trained']} of {report['staleness_bound']} allowed; "
-            + ", ".join(f"{n:,} samples {age}" for age, n in report["staleness"].items()),
+            f"at most {report['max_staleness_trained']} (bound {report['staleness_bound']}): "
+            + shares,
         ),
         (
             "audit",
-            f"{report['duplicates_trained']} trained twice, {report['fabricated_trained']} from "
-            f"nowhere, {report['mislabelled_tokens']} tokens mislabelled",
+            f"{twice} trained twice, {nowhere} from nowhere, {mislabelled} tokens mislabelled",
         ),
-        (
-            "books",
-            f"{report['submitted']:,} submitted, {report['committed']:,} committed, dropped: "
-            f"{_tally(report['dropped'])}, {report['dead']} dead",
-        ),
+        ("submitted", f"{report['submitted']:,}, of these {report['committed']:,} committed"),
+        ("dropped", f"{_tally(report['dropped'])}; {report['dead']} dead"),
     ]
     for kill in report["kills"]:
-        note = f"after step {kill['step']}, {kill['in_flight']} prompts in flight"
-        rows.append(("killed", f"{kill['killed']} {note}; {kill['started']} took its place"))
+        held = f"with {kill['in_flight']} prompts in flight"
+        rows.append(("killed", f"{kill['killed']} at step {kill['step']} {held}"))
     return rows

@@ -18,6 +18,6 @@ class Sort(SingleTurn):
     """Eight digits in, the same digits in order out."""
 
     @staticmethod
-    def reward(completion: Int32, prompt: Int32, data: Mapping[str, Any]) -> float:
+    def reward(completion: Int32, prompt: Int32, data: Mapping[str, Any]) -> float:  # noqa: ARG004  # what SingleTurn calls
         """1.0 for the answer that the prompt brought along, else 0.0."""
         return exact(completion.tolist(), str(data["answer"]))

@@ -27,6 +27,8 @@ class Scenario:
     max_staleness: int = 2
     #: None: `max_staleness`.
     pipeline_depth: int | None = None
+    #: Train on a torn group of at least so many samples; None: whole groups only.
+    min_group_size: int | None = None
     #: Lognormal duration of a rollout that runs alone on a slot.
     median_s: float = 30.0
     sigma: float = 1.0
@@ -45,7 +47,7 @@ class Scenario:
     failure_rate: float = 0.01
     retry_s: float = 5.0
     attempts: int = 3
-    #: Cancel groups that cannot be trained on any more, at the renewal of their leases.
+    #: Cancel what cannot be trained on any more, at the renewal of its lease.
     early_cancel: bool = True
     #: A fifth of the lease of 30 s.
     renew_s: float = 6.0
@@ -63,6 +65,11 @@ class Scenario:
     def depth(self) -> int:
         """`pipeline_depth`, or what it is when not given."""
         return self.max_staleness if self.pipeline_depth is None else self.pipeline_depth
+
+    @property
+    def least(self) -> int:
+        """Samples of a group that must come."""
+        return self.group_size if self.min_group_size is None else self.min_group_size
 
     @property
     def skipped(self) -> int:
@@ -91,6 +98,10 @@ class Scenario:
         for name in ("sigma", "train_s", "update_s", "retry_s", "skipped"):
             if not getattr(self, name) >= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 1 <= self.least <= self.group_size:
+            raise SettingsError(
+                f"min_group_size is {self.least}; it is from 1 to group_size = {self.group_size}"
+            )
         if not 0 <= self.group_correlation <= 1:
             raise SettingsError(f"group_correlation is {self.group_correlation}; it is from 0 to 1")
         if not 0 <= self.failure_rate < 1:

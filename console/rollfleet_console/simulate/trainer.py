@@ -1,0 +1,290 @@
+"""The trainer of a simulated fleet: feeds by the ledger, chooses, sweeps, trains, publishes.
+
+- Pacer, groups, policy, staleness rule and books are the fleet's own; the order of the steps is
+  that of ``for batch in fleet.batches(): train; fleet.publish()``.
+- Credit returns as it does there: with a sample refused or given up at once, with a dropped group
+  when it is dropped, with a batch when it was trained but not before the next version.
+- Where the guards stand is marked in the code. The first three save work; the fourth guarantees.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from rollfleet.capacity import Pacer
+from rollfleet.freshness import DropStale, Policy
+from rollfleet.groups import Group, Groups, Member
+from rollfleet_common.errors import StarvedError
+from rollfleet_common.ledger import Books
+from rollfleet_common.messages import Header, Kind, Tombstone
+from rollfleet_common.staleness import min_useful, staleness
+from rollfleet_console.simulate.clock import Clock
+from rollfleet_console.simulate.scenario import Scenario
+from rollfleet_console.simulate.shelf import Shelf
+from rollfleet_console.simulate.workers import Place, Task, Work, Workers
+
+__all__ = ["NEVER", "Trainer", "Watcher"]
+
+#: Larger than any staleness.
+NEVER = 10**9
+#: How long a waiting trainer that swept something goes without choosing again.
+LOOK_S = 1.0
+
+
+class Watcher(Protocol):
+    """Is told what happens to samples."""
+
+    def trained(self, work: Work, stale: int) -> None:
+        """It was handed over `stale` versions after the version that it began under."""
+
+    def wasted(self, work: Work, guard: str, tokens: float) -> None:
+        """A guard dropped it, or its last attempt failed (``dead``)."""
+
+    def lost(self, tokens: float) -> None:
+        """An attempt failed."""
+
+    def published(self, version: int) -> None:
+        """A version is in force."""
+
+
+class Trainer:
+    """One trainer and its fleet.
+
+    Args:
+        clock: Virtual.
+        scenario: What is simulated.
+        lengths: (duration in seconds, tokens) of every sample, group by group, without end.
+        watcher: Is told what happens.
+        policy: None: the one of the scenario.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        scenario: Scenario,
+        lengths: Iterator[list[tuple[float, float]]],
+        watcher: Watcher,
+        policy: Policy | None = None,
+    ) -> None:
+        s = scenario
+        self.clock = clock
+        self.scenario = s
+        self.lengths = lengths
+        self.watcher = watcher
+        self.version = 0
+        self.bound = NEVER if s.pacing_only else s.max_staleness
+        self.pacer = Pacer(s.depth, s.samples_per_version)
+        self.groups = Groups()
+        self.shelf = Shelf(policy or DropStale(self.bound, s.min_group_size))
+        self.books = Books()
+        self.workers = Workers(clock, s, lambda: self.version, self._deliver, self._fail)
+        #: Seconds spent waiting for a batch, and since when the present wait goes on.
+        self.idle_s = 0.0
+        self.waits_since: float | None = None
+        self.batch: list[Group] = []
+        self._tasks: dict[str, Task] = {}
+        #: Since the last renewal: groups that lost a sample, and whether a version went by.
+        self._torn: dict[Task, None] = {}
+        self._aged = False
+
+    def start(self) -> None:
+        """Begin to feed and to wait for the first batch."""
+        if self.scenario.early_cancel and not self.scenario.pacing_only:
+            self.clock.at(self.scenario.renew_s, self._renew)
+        self._next_batch()
+
+    def take_stock(self) -> Books:
+        """The books, with every place counted where the samples are."""
+        books, workers = self.books, self.workers
+        books.waiting, books.delayed = workers.waiting, workers.delayed
+        books.in_flight = len(workers.running)
+        held = [*self.groups.open.values(), *self.shelf.ready.values(), *self.batch]
+        books.handed_out = sum(len(group.members) for group in held)
+        books.outstanding = self.pacer.outstanding
+        return books
+
+    # ---- guard 1: pacing at submit -----------------------------------------------------------
+
+    def _feed(self) -> None:
+        n = self.scenario.group_size
+        while self.pacer.room >= n:
+            task = Task(f"p{self.books.submitted // n}")
+            lengths = next(self.lengths)
+            task.works = [Work(task, i, *length) for i, length in enumerate(lengths)]
+            self._tasks[task.name] = task
+            self.books.submitted += n
+            self.pacer.outstanding += n
+            for work in task.works:
+                self.workers.put(work)
+        self.workers.fill()
+
+    # ---- guard 2: cancel at the renewal of leases --------------------------------------------
+
+    def _renew(self, _: object) -> None:
+        """Cancel what can not be trained on any more."""
+        tasks, self._torn = self._torn, {}
+        if self._aged:
+            self._aged = False
+            tasks = dict.fromkeys(self._tasks.values())
+        floor = min_useful(self.version, self.bound)
+        for task in tasks:
+            late = task.older_than(floor, Place.RUNNING)
+            left = len(task.works) - task.gone - len(late)
+            # One delivered sample that is too old spoils its group, as too few samples do.
+            spoiled = left < self.scenario.least or task.older_than(floor, Place.DELIVERED)
+            for work in task.open if spoiled else late:
+                self.watcher.wasted(work, "cancel", self.workers.cancel(work))
+                self._give_up(work, "stale")
+        self._feed()
+        self._starved()
+        self.clock.at(self.clock.now + self.scenario.renew_s, self._renew)
+
+    # ---- guard 3: refusal at deliver ---------------------------------------------------------
+
+    def _deliver(self, work: Work) -> None:
+        if work.version < min_useful(self.version, self.bound):
+            work.place = Place.ENDED
+            self.watcher.wasted(work, "deliver", work.tokens)
+            self._give_up(work, "stale")
+            self._feed()
+            return
+        member = Member("", self._header(work), work.version)
+        closed, twice = self.groups.arrive(0, member)
+        assert not twice, "every sample is delivered once"  # noqa: S101 - a defect
+        self._closed(closed)
+
+    def _fail(self, work: Work) -> None:
+        made = work.tokens * work.span_s / work.duration_s
+        if work.attempt < self.scenario.attempts:
+            self.watcher.lost(made)
+            return
+        self.watcher.wasted(work, "dead", made)
+        self._give_up(work, "dead")
+        self._feed()
+
+    def _give_up(self, work: Work, reason: str) -> None:
+        """A tombstone: the credit of this sample returns, and its group may close by it."""
+        task = work.task
+        task.gone += 1
+        self._torn[task] = None
+        if reason == "dead":
+            self.books.dead += 1
+        else:
+            self.books.dropped[reason] = self.books.dropped.get(reason, 0) + 1
+        self.pacer.settled(1)
+        tombstone = Tombstone(
+            task.name, work.index, len(task.works), Kind.TRAIN, "default", reason, ""
+        )
+        self._closed(self.groups.bury(0, "", tombstone))
+
+    # ---- groups close ------------------------------------------------------------------------
+
+    def _closed(self, group: Group | None) -> None:
+        if group is None:
+            return
+        reason = self.shelf.judge(group, self.version)
+        if reason is not None:
+            self._drop(group, reason, "close")
+            self._feed()
+        self._choose()
+
+    def _drop(self, group: Group, reason: str, guard: str) -> None:
+        task = self._tasks.pop(group.name)
+        for index in group.members:
+            work = task.works[index]
+            work.place = Place.ENDED
+            self.watcher.wasted(work, guard, work.tokens)
+        self.books.dropped[reason] = self.books.dropped.get(reason, 0) + len(group.members)
+        self.pacer.settled(len(group.members))
+
+    # ---- guard 4, THE guarantee: the sweep at hand-over --------------------------------------
+
+    def _next_batch(self) -> None:
+        self.pacer.release()
+        self.waits_since = self.clock.now
+        self._feed()
+        self._choose()
+
+    def _choose(self, _: object = None) -> None:
+        if self.waits_since is None:
+            return
+        want = self.scenario.samples_per_version
+        fresh, dropped = self.shelf.sweep(self.shelf.choose(want), self.version)
+        for group, reason in dropped:
+            self._drop(group, reason, "sweep")
+        if sum(len(group.members) for group in fresh) >= want:
+            self._hand_over(fresh)
+            return
+        if dropped:
+            self._feed()
+            self.clock.at(self.clock.now + LOOK_S, self._choose)
+        self._starved()
+
+    def _starved(self) -> None:
+        s = self.scenario
+        if self.waits_since is not None and self.clock.now - self.waits_since > s.starve_s:
+            raise StarvedError(
+                f"no batch of {s.samples_per_version} samples within {s.starve_s:g} simulated "
+                f"seconds at version {self.version}: rollouts outlast max_staleness = "
+                f"{s.max_staleness}"
+            )
+
+    def _hand_over(self, groups: list[Group]) -> None:
+        assert self.waits_since is not None, "only a trainer that waits is handed a batch"  # noqa: S101
+        self.idle_s += self.clock.now - self.waits_since
+        self.waits_since = None
+        for group in groups:
+            del self.shelf.ready[group.name]
+            task = self._tasks.pop(group.name)
+            for index in group.members:
+                # From the simulation's own book of versions, not from what was judged.
+                work = task.works[index]
+                work.place = Place.ENDED
+                self.watcher.trained(work, staleness(self.version, work.version))
+        self.batch = groups
+        self.clock.at(self.clock.now + self.scenario.train_s, self._update)
+
+    def _update(self, _: object) -> None:
+        if self.scenario.pause:
+            self.workers.pause(self.scenario.update_s)
+        self.clock.at(self.clock.now + self.scenario.update_s, self._publish)
+
+    def _publish(self, _: object) -> None:
+        self.version += 1
+        self._aged = True
+        samples = sum(len(group.members) for group in self.batch)
+        self.batch = []
+        self.books.committed += samples
+        self.pacer.settled(samples, hold=True)
+        self.watcher.published(self.version)
+        if self.clock.stopped:
+            return
+        # The credit is released before workers go on, so that they find prompts.
+        self._next_batch()
+        self.workers.resume()
+
+    def _header(self, work: Work) -> Header:
+        return Header(
+            group=work.task.name,
+            index=work.index,
+            n=len(work.task.works),
+            attempt=work.attempt,
+            kind=Kind.TRAIN,
+            route="default",
+            task="default",
+            position=-1,
+            entry="",
+            payload="",
+            payload_bytes=0,
+            epoch=0,
+            min_version=work.version,
+            max_version=self.version,
+            samples=1,
+            tokens=round(work.tokens),
+            trained_tokens=round(work.tokens),
+            reward=0.0,
+            worker="",
+            server="",
+            queue_ms=0,
+            generate_ms=0,
+            reward_ms=0,
+        )
