@@ -50,7 +50,7 @@ class Floor:
 
     async def __aexit__(self, *exc: object) -> None:
         self.process.terminate()
-        self.process.wait()
+        await asyncio.to_thread(self.process.wait)
         await self._client.delete(PROMPTS, RESULTS)
         await self._client.aclose()
         await self._reader.aclose()

@@ -6,6 +6,7 @@
 - Pacing is set so wide that it never is what is measured, and no version is published meanwhile.
 """
 
+import asyncio
 import queue
 import subprocess
 import sys
@@ -72,7 +73,7 @@ class Ours:
     async def __aexit__(self, *exc: object) -> None:
         self._rounds.put(_END)
         self.process.terminate()
-        code = self.process.wait()
+        code = await asyncio.to_thread(self.process.wait)
         books = await self.fleet.books()
         await self.fleet.close()
         if exc[0] is None and (code or books.balance or books.dead or books.dropped):

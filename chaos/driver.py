@@ -225,7 +225,8 @@ def run(
 ) -> dict[str, Any]:
     """Blow for `seconds`, judge, write `out`; returns the report."""
     began = time.monotonic()
-    with Stage(aof=aof, workers=workers, proxied=True, mutant=mutant) as stage:
+    shape = {"spv": 64, "env": {"CHAOS_MEAN_S": "0.3"}}  # enough that workers are busy when they die
+    with Stage(aof=aof, workers=workers, proxied=True, mutant=mutant, **shape) as stage:
         stage.warm(WARM)
         storm = Storm(stage, seed, workers)
         before = stage.trained()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from chaos import oracle
 from chaos.observe import Drain, Evidence, Observer, Outage, connect
@@ -25,7 +26,7 @@ from chaos.snapshot import take
 from rollfleet_common.embedded import EmbeddedServer
 from tests.fixtures.tcp_proxy import TcpProxy
 
-__all__ = ["Stage", "Worker", "catches", "until"]
+__all__ = ["Stage", "Worker", "catches", "free_port", "until"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "chaos"
@@ -79,6 +80,8 @@ class Options:
     worker_flags: Sequence[str] = ()
     trainer_flags: Sequence[str] = ()
     server: Mapping[str, Any] = field(default_factory=dict)
+    #: Things of the scene's own that live as long as the stage, by name.
+    props: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     #: Whether workers and trainer connect through proxies that can lose and cut.
     proxied: bool = False
 
@@ -125,12 +128,13 @@ class Stage:
             **self.o.server,
         )
         self._closing.enter_context(self.server)
-        self.worker_url = self.trainer_url = self.server.url
+        self.url = self.worker_url = self.trainer_url = self.server.url
         if self.o.proxied:
             self.worker_proxy = self._closing.enter_context(TcpProxy(self.server.url))
             self.trainer_proxy = self._closing.enter_context(TcpProxy(self.server.url))
             self.worker_url, self.trainer_url = self.worker_proxy.url, self.trainer_proxy.url
-        self.observer = Observer(self.server.url, RUN)
+        self.props = {name: self.stack(make()) for name, make in self.o.props.items()}
+        self.observer = Observer(self.url, RUN)
         self._closing.callback(self.evidence)
         for _ in range(self.o.workers):
             self.add_worker()
@@ -170,10 +174,10 @@ class Stage:
     def add_worker(self, *flags: str, url: str = "", direct: bool = False) -> Worker:
         """Start one worker more; `direct` goes around the proxy."""
         self._made += 1
-        name, port = f"w{self._made}", _free_port()
+        name, port = f"w{self._made}", free_port()
         o = self.o
         process = self._start(
-            *("worker", "--redis-url", url or (self.server.url if direct else self.worker_url)),
+            *("worker", "--redis-url", url or (self.url if direct else self.worker_url)),
             *("--run", RUN, "--name", name, "--workflow", o.workflow),
             *("--slots", str(o.slots), "--lease-s", str(o.lease_s), "--drain-s", str(o.drain_s)),
             *("--health-port", str(port), "--reward-processes", "0"),
@@ -286,13 +290,26 @@ class Stage:
             self.trainer.wait(10)
         self.trainer = None
 
+    def stack(self, context: "contextlib.AbstractContextManager[Any]") -> Any:
+        """Enter something that ends with the stage."""
+        return self._closing.enter_context(context)
+
+    def moved(self, url: str) -> None:
+        """Redis is at another address from now on; the proxies lead there."""
+        self.seen.outages[-1].ended = time.time()
+        self.url = self.observer.url = url
+        self.observer.moved()
+        for proxy in (self.worker_proxy, self.trainer_proxy):
+            proxy._target = urlsplit(url)  # noqa: SLF001 - an address that follows
+            proxy.cut()
+
     def disturb(self) -> None:
         """Note that connections are being harmed at this moment."""
         self.seen.disturbed.append(time.time())
 
     def redis(self) -> Any:
         """A plain client, straight to the server."""
-        return connect(self.server.url)
+        return connect(self.url)
 
     # ---- the end -----------------------------------------------------------------------------
 
@@ -376,7 +393,8 @@ def catches(pid: int, signum: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (signum - 1) & 1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

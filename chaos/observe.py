@@ -125,6 +125,10 @@ class Observer:
         self._client.close()
         return self.seen
 
+    def moved(self) -> None:
+        """Redis is at `url` now."""
+        self._client = connect(self.url)
+
     def leases(self, prefix: str) -> dict[str, list[str]]:
         """Entries pending by consumer, of consumers whose names begin with `prefix`."""
         stream = f"{self._prefix}prompts:default"

@@ -219,7 +219,8 @@ def _stale(case: Case) -> Found:
             samples += 1
             who = f"{row['group']} #{row['index']} in batch {line['batch']}"
             # A version past a rollback is as far on the other side of it: as the docs promise.
-            oldest = min(_replayed(row[end], row["epoch"], opened) for end in ("oldest", "newest"))
+            then = [(epoch, at) for epoch, at in opened if epoch <= line["epoch"]]
+            oldest = min(_replayed(row[end], row["epoch"], then) for end in ("oldest", "newest"))
             worst = max(worst, current - oldest)
             if current - oldest > case.max_staleness:
                 stale.append(f"{who} is {current - oldest} versions behind {current}")

@@ -66,11 +66,22 @@ class Board:
     # ---- the trainer -------------------------------------------------------------------------
 
     async def seize(
-        self, token: str, lease_ms: int, who: str, shape: Shape, *, version: int, take_over: bool
+        self,
+        token: str,
+        lease_ms: int,
+        who: str,
+        shape: Shape,
+        *,
+        version: int,
+        take_over: bool,
+        above: int = 0,
     ) -> Seized:
-        """Ask for the run, in a new epoch, at `version` (NO_VERSION: wherever the board is)."""
+        """Ask for the run, in a new epoch, at `version` (NO_VERSION: wherever the board is).
+
+        The epoch is `above` what the trainer had, even if Redis forgot that one.
+        """
         k = self.keys
-        args = [token, lease_ms, who, int(take_over), version, shape.dumps()]
+        args = [token, lease_ms, who, int(take_over), version, shape.dumps(), above]
         reply = await _SEIZE(self.client, [k.trainer, k.board, k.news], args)
         if reply[0] == 0:
             return Seized(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))

@@ -186,15 +186,24 @@ def _pack_array(array: npt.NDArray[Any]) -> list[Any]:
 
 def mask_runs(mask: Bool) -> Int32:
     """Lengths of the runs of a mask, the first run being of False (and possibly empty)."""
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).astype(_I4)
-    if len(mask) and not mask[-1]:
-        edges = np.append(edges, np.int32(len(mask)))
-    return np.diff(edges, prepend=np.int32(0)).astype(_I4)
+    if not len(mask):
+        return np.zeros(0, _I4)
+    # By hand: numpy's diff and append cost four times as much.
+    edges = np.flatnonzero(mask[1:] != mask[:-1])
+    first = int(mask[0])
+    bounds = np.empty(len(edges) + 2 + first, _I4)
+    bounds[: 1 + first] = 0
+    bounds[1 + first : -1] = edges
+    bounds[1 + first : -1] += 1
+    bounds[-1] = len(mask)
+    return bounds[1:] - bounds[:-1]
 
 
 def expand_mask(runs: Int32) -> Bool:
     """The inverse of :func:`mask_runs`: bool[sum of runs]."""
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return np.repeat(_ALTERNATING[: len(runs)], runs) if len(runs) <= len(_ALTERNATING) else (
+        np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    )
 
 
 def decode_samples(packed: bytes) -> tuple[Sample, ...]:
@@ -228,9 +237,10 @@ def _unpack_sample(raw: Any, i: int) -> Sample:
 
 
 def _mask(runs: Int32, tokens: int) -> Bool:
-    # The sum is taken in 64 bits, and before anything is allocated from it.
-    if (runs < 0).any() or int(runs.sum(dtype=np.int64)) != tokens:
-        raise CodecError(f"mask runs {runs[:8].tolist()} do not add up to {tokens} tokens")
+    # The sum is taken in Python's integers, and before anything is allocated from it.
+    lengths = runs.tolist()
+    if min(lengths, default=0) < 0 or sum(lengths) != tokens:
+        raise CodecError(f"mask runs {lengths[:8]} do not add up to {tokens} tokens")
     return expand_mask(runs)
 
 

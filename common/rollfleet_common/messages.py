@@ -142,12 +142,14 @@ class VersionSpans:
         """The oldest version among tokens where `mask` (bool[T]) is set; NO_VERSION if none is."""
         if not len(self.starts) or not len(mask):
             return NO_VERSION
-        trained = np.logical_or.reduceat(mask, self.starts) & (self.versions != NO_VERSION)
-        return int(self.versions[trained].min()) if trained.any() else NO_VERSION
+        # Spans are few: lists of them cost less than arrays.
+        trained: list[bool] = np.logical_or.reduceat(mask, self.starts).tolist()
+        spans = zip(self.versions.tolist(), trained, strict=True)
+        return min((v for v, any_ in spans if any_ and v != NO_VERSION), default=NO_VERSION)
 
     def newest(self) -> int:
         """The newest version of any token; NO_VERSION if no policy made any."""
-        return int(self.versions.max()) if len(self.versions) else NO_VERSION
+        return max(self.versions.tolist(), default=NO_VERSION)
 
 
 @dataclass(frozen=True, slots=True)

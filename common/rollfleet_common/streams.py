@@ -73,6 +73,8 @@ class Submission:
     #: Unique in the run; submitting it again does nothing.
     id: str
     prompt: Prompt
+    #: Whether the feed's cursor knows it by its position; otherwise it is known by its id.
+    fed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ class Streams:
         for group in groups:
             p = group.prompt
             keys += [k.prompts(p.route), k.group(p.group)]
-            args += [group.id, p.position, p.group, p.n, p.kind.value, p.route]
+            args += [group.id, p.position if group.fed else -1, p.group, p.n, p.kind.value, p.route]
             args += [encode_prompt(p, max_bytes), p.deadline_ms]
         reply = await _SUBMIT(self.client, keys, args)
         self._fenced(reply[0] != -2)

@@ -21,11 +21,13 @@ from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import BLOCK_MS, Consumer
 from rollfleet.freshness import DropStale, Policy
-from rollfleet.gather import SAY_S, Gather
-from rollfleet.opening import check, seize, wipe
+from rollfleet.gather import Gather
+from rollfleet.line import Line
+from rollfleet.opening import check, seize, shape, wipe
 from rollfleet.payloads import Accept, Payloads
 from rollfleet.publish import refit
 from rollfleet.recover import recover
+from rollfleet.revive import Reviver
 from rollfleet.settings import TrainerSettings
 from rollfleet.submit import Submitter
 from rollfleet_common.board import Board
@@ -72,6 +74,7 @@ class AsyncFleet:
         self.pacer = Pacer(settings.depth, settings.samples_per_version)
         self.version = NO_VERSION
         self.epoch = 0
+        self._weights = ""
         self._accept = should_accept
         self._state = dict(state or {})
         if self._state and self._state.get("run") != settings.run:
@@ -82,8 +85,7 @@ class AsyncFleet:
         self._collate = dict(collate or {})
         self._tasks: list[asyncio.Task[None]] = []
         self._error: RollfleetError | None = None
-        self._away_since: float | None = None
-        self._say_away_at = 0.0
+        self.line = Line(self._revive)
 
     # ---- opening and closing -----------------------------------------------------------------
 
@@ -170,18 +172,19 @@ class AsyncFleet:
             version=lambda: self.version,
             rollbacks=await self.board.rollbacks(),
             settled=self._settled,
-            on_wait=self._on_wait,
+            closed=self._closed,
+            line=self.line,
         )
         self.consumer.replay = replay
         self.consumer.remember((group, index) for group, index in self._state.get("recent", ()))
-        self.payloads = Payloads(self.streams, self._accept, self.consumer.drop, self._on_wait)
+        self.payloads = Payloads(self.streams, self._accept, self.consumer.drop, self.line)
         self.commits = Commits(
             board=self.board,
             token=self.token,
             streams=self.streams,
             consumer=self.consumer,
             pacer=self.pacer,
-            on_wait=self._on_wait,
+            line=self.line,
             number=max(await self.board.last_batch(), last),
             collate=self._collate,
         )
@@ -193,8 +196,20 @@ class AsyncFleet:
             pacer=self.pacer,
             books=self.books,
             check=self._check,
-            on_wait=self._on_wait,
+            line=self.line,
             cursor=max(*cursors, int(self._state.get("position", 0)) - 1, NO_VERSION),
+        )
+        self.reviver = Reviver(
+            token=self.token,
+            board=self.board,
+            streams=self.streams,
+            consumer=self.consumer,
+            out=self.submitter.out,
+            max_prompt_bytes=s.max_prompt_bytes,
+            partition=self.submitter.partition,
+            reopen=self._reopen,
+            publish=self._announce,
+            version=lambda: self.version,
         )
         self.gather = Gather(
             settings=s,
@@ -240,29 +255,72 @@ class AsyncFleet:
         """Keep the trainer's lease."""
         while True:
             await asyncio.sleep(self.settings.lease_s / 3)
-            await self._durably(
+            await self.line(
                 lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
                 "renew the trainer's lease",
             )
-            self._away_since, self._say_away_at = None, 0.0
+            if self.line.suspect:
+                self.line.suspect = False
+                await self.line(self.reviver.reconcile, "look for what an outage lost")
 
-    def _on_wait(self, exc: Exception, wait_s: float) -> None:
-        now = time.monotonic()
-        self._away_since = self._away_since or now
-        if now >= self._say_away_at:
-            self._say_away_at = now + SAY_S
-            log.warning("redis is away", for_s=round(now - self._away_since), error=str(exc))
+    async def _revive(self) -> bool:
+        return await self.reviver.revive()
+
+    async def _reopen(self) -> bool:
+        """Take a run that Redis lost, in a new epoch; False if another trainer was faster."""
+        s = self.settings
+        seized = await retry(
+            lambda: self.board.seize(
+                self.token,
+                int(s.lease_s * 1000),
+                self.token,
+                shape(s),
+                version=self.version,
+                take_over=False,
+                above=self.epoch,
+            ),
+            what="open the run anew",
+            deadline_s=None,
+        )
+        if seized.ok:
+            self.epoch = seized.epoch
+            useful = min_useful(self.version, s.max_staleness)
+            for streams in self.streams:
+                await retry(
+                    lambda streams=streams: streams.open(  # type: ignore[misc]
+                        self.token, self.epoch, self.version, useful
+                    ),
+                    what="fence a partition anew",
+                    deadline_s=None,
+                )
+        return seized.ok
+
+    async def _announce(self, weights: str | None = None) -> None:
+        """Put the version on the board and into the fences."""
+        if weights is not None:
+            self._weights = weights
+        fields: dict[str, int | str] = {"version": self.version, "weights": self._weights}
+        fields["published_ms"] = int(time.time() * 1000)
+        await self.line(
+            lambda: self.board.publish(self.token, fields), f"publish version {self.version}"
+        )
+        useful = min_useful(self.version, self.settings.max_staleness)
+        for streams in self.streams:
+            await self.line(
+                lambda streams=streams: streams.advance(self.token, self.version, useful),  # type: ignore[misc]
+                f"advance to version {self.version}",
+            )
 
     def _settled(self, samples: int) -> None:
         self.pacer.settled(samples)
         self.submitter.credit.set()
 
+    def _closed(self, group: str) -> None:
+        self.submitter.out.pop(group, None)
+
     def _credit(self) -> None:
         self.pacer.release()
         self.submitter.credit.set()
-
-    async def _durably(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
-        await retry(call, what=what, deadline_s=None, on_wait=self._on_wait)
 
     # ---- 1. submit ---------------------------------------------------------------------------
 
@@ -399,18 +457,8 @@ class AsyncFleet:
             await transfer(new, weights)
         elif weights and self.settings.servers:
             await refit(self.settings.servers, new, weights)
-        fields: dict[str, int | str] = {"version": new, "weights": weights}
-        fields["published_ms"] = int(time.time() * 1000)
-        await self._durably(
-            lambda: self.board.publish(self.token, fields), f"publish version {new}"
-        )
         self.version = new
-        useful = min_useful(new, self.settings.max_staleness)
-        for streams in self.streams:
-            await self._durably(
-                lambda streams=streams: streams.advance(self.token, new, useful),  # type: ignore[misc]
-                f"advance to version {new}",
-            )
+        await self._announce(weights)
         self._credit()
         return new
 
@@ -418,7 +466,7 @@ class AsyncFleet:
         """Ask workers to claim nothing for `seconds`; what runs goes on. 0 resumes."""
         until = int((time.time() + seconds) * 1000) if seconds > 0 else 0
         fields: dict[str, int | str] = {"paused_until_ms": until}
-        await self._durably(lambda: self.board.publish(self.token, fields), "pause")
+        await self.line(lambda: self.board.publish(self.token, fields), "pause")
 
     async def batches(
         self, steps: int | None = None, *, commit: str = "step"
@@ -464,8 +512,8 @@ class AsyncFleet:
 
     async def reason(self) -> str:
         """What the fleet is waiting for, in words."""
-        if self._away_since is not None:
-            return f"Redis is away since {time.monotonic() - self._away_since:.0f} s"
+        if self.line.away_since is not None:
+            return f"Redis is away since {time.monotonic() - self.line.away_since:.0f} s"
         books = await self.books()
         workers = await self._client.hlen(self.keys.workers)
         here = sum(len(group.members) for group in self.consumer.ready.values())

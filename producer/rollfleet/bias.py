@@ -106,7 +106,8 @@ class BiasMeter:
         self._tick(version, now_ms)
         self._met.setdefault(group.task, version)
         in_a_row = self._in_a_row.setdefault(group.task, Counter())
-        in_a_row[reason] += len(group.members)
+        if group.members:
+            in_a_row[reason] += len(group.members)
         for _, tombstone in group.tombstones.values():
             self.lost[tombstone.reason, group.task] += 1
             in_a_row[tombstone.reason] += 1

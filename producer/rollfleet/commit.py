@@ -5,18 +5,18 @@
 - Credit returns once per sample, when it is trained, however often the step is repeated.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollfleet.batch import Batch
 from rollfleet.capacity import Pacer
 from rollfleet.consume import Consumer
 from rollfleet.groups import Group
+from rollfleet.line import Line
 from rollfleet.recover import Plan
 from rollfleet_common.board import Board
 from rollfleet_common.errors import RollfleetError
 from rollfleet_common.messages import Rollout
-from rollfleet_common.redis import retry
 from rollfleet_common.streams import Streams
 
 __all__ = ["Commits"]
@@ -33,7 +33,7 @@ class Commits:
         streams: Sequence[Streams],
         consumer: Consumer,
         pacer: Pacer,
-        on_wait: Callable[[Exception, float], None],
+        line: Line,
         number: int,
         collate: Mapping[str, Any],
     ) -> None:
@@ -42,7 +42,7 @@ class Commits:
         self.streams = streams
         self.consumer = consumer
         self.pacer = pacer
-        self.on_wait = on_wait
+        self.line = line
         #: Number of the last batch that was handed over.
         self.number = number
         self.collate = collate
@@ -86,7 +86,7 @@ class Commits:
         plan = Plan.of(batch.number, state, batch.groups)
         await self._plan(batch.number, plan.dumps())
         verb = "train" if state == "trained" else "commit"
-        await self._durably(
+        await self.line(
             lambda: plan.settle(verb, self.token, self.streams), f"{verb} batch {batch.number}"
         )
         if batch.state == "handed":
@@ -127,9 +127,4 @@ class Commits:
         }
 
     async def _plan(self, number: int, plan: bytes | None) -> None:
-        await self._durably(
-            lambda: self.board.plan(self.token, number, plan), f"plan batch {number}"
-        )
-
-    async def _durably(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
-        await retry(call, what=what, deadline_s=None, on_wait=self.on_wait)
+        await self.line(lambda: self.board.plan(self.token, number, plan), f"plan batch {number}")

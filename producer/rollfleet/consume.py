@@ -16,9 +16,11 @@ from redis.exceptions import ResponseError
 
 from rollfleet.freshness import Policy
 from rollfleet.groups import Group, Groups, Member
+from rollfleet.line import Line
+from rollfleet_common.errors import SupersededError
 from rollfleet_common.leases import quarantine
 from rollfleet_common.messages import Header, Kind
-from rollfleet_common.redis import is_transient, retry
+from rollfleet_common.redis import is_transient
 from rollfleet_common.staleness import replayed
 from rollfleet_common.streams import Arrivals, Garbage, Streams
 
@@ -48,7 +50,8 @@ class Consumer:
         version: Callable[[], int],
         rollbacks: Sequence[tuple[int, int]],
         settled: Callable[[int], None],
-        on_wait: Callable[[Exception, float], None],
+        closed: Callable[[str], None],
+        line: Line,
     ) -> None:
         self.token = token
         self.streams = streams
@@ -57,7 +60,8 @@ class Consumer:
         self.version = version
         self.rollbacks = rollbacks
         self.settled = settled
-        self.on_wait = on_wait
+        self.closed = closed
+        self.line = line
         self.groups = Groups()
         #: Closed groups that may be trained on, for train and eval.
         self.ready: dict[str, Group] = {}
@@ -93,11 +97,13 @@ class Consumer:
                 )
             except Exception as exc:
                 adopt_at = 0.0  # a reply may be lost, or the stream anew: look at what is pending
-                if isinstance(exc, ResponseError) and _group_gone(exc):
-                    raise
+                if isinstance(exc, SupersededError) or _group_gone(exc):
+                    if not await self.line.revive():
+                        raise
+                    continue
                 if not is_transient(exc):
                     raise
-                self.on_wait(exc, 1.0)
+                self.line.on_wait(exc, 1.0)
                 await asyncio.sleep(0.2)
                 continue
             await self._take_in(partition, arrivals)
@@ -232,6 +238,7 @@ class Consumer:
             self.given_up |= {group.name for group in here} & self.reserved
             for group in here:
                 self.ready.pop(group.name, None)
+                self.closed(group.name)
                 log.info(
                     "group dropped",
                     group=group.name,
@@ -250,14 +257,29 @@ class Consumer:
             self.drops[reason] = self.drops.get(reason, 0) + len(rollouts)
             self.settled(len(rollouts))
 
+    def knows(self, name: str) -> bool:
+        """Whether any of a group has come."""
+        places = (self.groups.open, self.ready, self.handed, self.evals)
+        return any(name in place for place in places)
+
+    def reset(self) -> None:
+        """Redis lost the run: forget what was read of it, but not what was handed over."""
+        self.groups = Groups()
+        for place in (self.ready, self.evals, self.replay):
+            place.clear()
+        for entries in (*self._held, *self._tombs):
+            entries.clear()
+
     def hand(self, groups: Iterable[Group]) -> None:
         """These groups leave in a batch."""
         for group in groups:
             self.handed[group.name] = self.ready.pop(group.name)
+            self.closed(group.name)
 
     async def finish(self, groups: Sequence[Group]) -> None:
         """Evaluations that were read to the end are freed."""
         for group in groups:
+            self.closed(group.name)
             rollouts = [(m.entry, m.header.kind, m.header.payload) for m in group.members.values()]
             await self._settle(group.partition, "commit", rollouts, [group])
 
@@ -283,13 +305,11 @@ class Consumer:
         groups: Sequence[Group] = (),
     ) -> None:
         tombstones = [entry for group in groups for entry, _ in group.tombstones.values()]
-        await retry(
+        await self.line(
             lambda: self.streams[partition].settle(
                 self.token, verb, rollouts, [group.name for group in groups], tombstones
             ),
-            what=f"{verb} {len(rollouts)} rollouts",
-            deadline_s=None,
-            on_wait=self.on_wait,
+            f"{verb} {len(rollouts)} rollouts",
         )
         for group in groups:
             self.forget(group)
@@ -299,8 +319,9 @@ def _garbage(arrivals: Arrivals) -> tuple[list[Garbage], list[Garbage]]:
     return arrivals.garbage, arrivals.garbage_tombstones
 
 
-def _group_gone(exc: ResponseError) -> bool:
-    return "NOGROUP" in str(exc) or "UNBLOCKED" in str(exc)
+def _group_gone(exc: Exception) -> bool:
+    text = str(exc)
+    return isinstance(exc, ResponseError) and ("NOGROUP" in text or "UNBLOCKED" in text)
 
 
 def _last(rows: Sequence[tuple[str, Any]], garbage: Sequence[Garbage], since: str) -> str:

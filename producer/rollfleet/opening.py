@@ -12,7 +12,7 @@ from rollfleet_common.errors import BrokerSetupError, SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.redis import check_server, retry, safe_url
 
-__all__ = ["check", "seize", "wipe"]
+__all__ = ["check", "seize", "shape", "wipe"]
 
 log = structlog.get_logger("rollfleet.trainer")
 
@@ -55,18 +55,22 @@ async def wipe(client: Any, keys: RunKeys) -> None:
             await client.unlink(*names[at : at + DELETE_AT_ONCE])
 
 
+def shape(s: TrainerSettings) -> Shape:
+    """What the board says of the run."""
+    return Shape(s.partitions, s.samples_per_version, s.max_staleness, s.depth)
+
+
 async def seize(board: Board, token: str, s: TrainerSettings, version: int) -> Seized:
     """Take the run, waiting out the lease of a trainer that died.
 
     Raises:
         SettingsError: Another trainer holds the run, and renews its lease.
     """
-    shape = Shape(s.partitions, s.samples_per_version, s.max_staleness, s.depth)
     deadline = time.monotonic() + s.lease_s + 2
     lease_ms = int(s.lease_s * 1000)
     while True:
         seized = await board.seize(
-            token, lease_ms, token, shape, version=version, take_over=s.take_over
+            token, lease_ms, token, shape(s), version=version, take_over=s.take_over
         )
         if seized.ok:
             return seized

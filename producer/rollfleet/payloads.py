@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import structlog
 
 from rollfleet.groups import Group
+from rollfleet.line import Line
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import InvalidSampleError, WireError
 from rollfleet_common.messages import Header, Kind, Rollout, Sample
-from rollfleet_common.redis import retry
 from rollfleet_common.streams import Streams
 from rollfleet_common.validate import check_samples
 
@@ -35,12 +35,12 @@ class Payloads:
         streams: Sequence[Streams],
         accept: Accept | None,
         drop: Callable[[Sequence[Group], str], Awaitable[None]],
-        on_wait: Callable[[Exception, float], None],
+        line: Line,
     ) -> None:
         self.streams = streams
         self.accept = accept
         self.drop = drop
-        self.on_wait = on_wait
+        self.line = line
 
     async def load(self, groups: Sequence[Group]) -> dict[str, list[Rollout]]:
         """Rollouts by group, in the order of their index; without groups that were dropped."""
@@ -70,11 +70,8 @@ class Payloads:
         return payloads
 
     async def _fetch_some(self, partition: int, names: Sequence[str]) -> dict[str, bytes | None]:
-        values = await retry(
-            lambda: self.streams[partition].fetch(names),
-            what=f"fetch {len(names)} payloads",
-            deadline_s=None,
-            on_wait=self.on_wait,
+        values = await self.line(
+            lambda: self.streams[partition].fetch(names), f"fetch {len(names)} payloads"
         )
         return dict(zip(names, values, strict=True))
 

@@ -15,12 +15,12 @@ import structlog
 
 from rollfleet.capacity import Pacer
 from rollfleet.feed import Feeder, to_prompt
+from rollfleet.line import Line
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import InvalidPromptError, SettingsError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Kind, Prompt
-from rollfleet_common.redis import retry
 from rollfleet_common.streams import Streams, Submission, Submitted
 
 __all__ = ["Submitter"]
@@ -42,7 +42,7 @@ class Submitter:
         pacer: Decides how much may be out.
         books: Reads the ledger.
         check: Raises whatever failed in the background.
-        on_wait: Told of every wait for Redis.
+        line: To Redis.
         cursor: Position of the last prompt that was fed before; -1 if none was.
     """
 
@@ -56,7 +56,7 @@ class Submitter:
         pacer: Pacer,
         books: Callable[[], Awaitable[Books]],
         check: Callable[[], None],
-        on_wait: Callable[[Exception, float], None],
+        line: Line,
         cursor: int,
     ) -> None:
         self.token = token
@@ -66,8 +66,10 @@ class Submitter:
         self.pacer = pacer
         self.books = books
         self.check = check
-        self.on_wait = on_wait
+        self.line = line
         self.cursor = cursor
+        #: Prompts of the groups that are out, oldest first, in case Redis forgets them.
+        self.out: dict[str, Prompt] = {}
         #: Set whenever credit may have come back.
         self.credit = asyncio.Event()
         self.feeder: Feeder | None = None
@@ -159,19 +161,17 @@ class Submitter:
                 async with asyncio.timeout(LOOK_S):
                     await self.credit.wait()
             except TimeoutError:
-                await retry(
-                    self.look, what="read the ledger", deadline_s=None, on_wait=self.on_wait
-                )
+                await self.line(self.look, "read the ledger")
             self.check()
 
     async def _submit(self, groups: Sequence[Submission]) -> None:
         """Submit all, in order; one script call takes a row of one partition."""
         left = list(groups)
         while left:
-            partition = self._partition(left[0].prompt)
+            partition = self.partition(left[0].prompt)
             row = [left[0]]
             for group in left[1:]:
-                if self._partition(group.prompt) != partition:
+                if self.partition(group.prompt) != partition:
                     break
                 row.append(group)
             taken = await self._submit_row(partition, row)
@@ -183,14 +183,15 @@ class Submitter:
         """Submit to one partition; returns how many were taken before it was full."""
         # A partition knows its own part only: with several, the sum is ours to watch.
         limit = self.pacer.limit if len(self.streams) == 1 else -1
-        states, outstanding = await retry(
+        states, outstanding = await self.line(
             lambda: self.streams[partition].submit(
                 self.token, limit, row, self.settings.max_prompt_bytes
             ),
-            what=f"submit {len(row)} prompts",
-            deadline_s=None,
-            on_wait=self.on_wait,
+            f"submit {len(row)} prompts",
         )
+        for group, state in zip(row, states, strict=True):
+            if state is Submitted.YES:
+                self.out[group.prompt.group] = group.prompt
         if len(self.streams) == 1:
             self.pacer.outstanding = outstanding
         else:
@@ -201,5 +202,6 @@ class Submitter:
             )
         return sum(state is not Submitted.FULL for state in states)
 
-    def _partition(self, prompt: Prompt) -> int:
+    def partition(self, prompt: Prompt) -> int:
+        """Where a group lives."""
         return partition_of(prompt.group, len(self.streams))

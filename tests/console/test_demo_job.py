@@ -267,7 +267,7 @@ def test_screen_on_a_terminal_shows_it_all(outcome: Outcome) -> None:
     assert "7,680 submitted = 5,120 committed + 4 dropped + 256 handed out" in last
     screen.summary(make_report(outcome), ["something"], [Path("r.json")])
     assert "wrong: something" in out.getvalue()
-    assert "worker-1 at step 4 with 120 prompts in flight" in out.getvalue()
+    assert "worker-1 after step 4, with 120 prompts in its hands" in out.getvalue()
 
 
 # ---- the job -------------------------------------------------------------------------------------
@@ -320,9 +320,11 @@ def test_a_short_run_with_a_killed_worker_balances(tmp_path: Path) -> None:
     assert report["duplicates_trained"] == report["fabricated_trained"] == 0
     assert report["mislabelled_tokens"] == report["wrong_rewards"] == 0
     assert 0 <= report["max_staleness_trained"] <= report["staleness_bound"] == 2
-    assert report["worker_exit_codes"] == {"worker-1": -9, "worker-2": 0, "worker-3": 0}
-    assert [kill["step"] for kill in report["kills"]] == [3]
-    assert report["kills"][0]["in_flight"] > 0
+    (kill,) = report["kills"]
+    assert (kill["step"], kill["started"]) == (3, "worker-3")
+    assert kill["leases"] > 0
+    codes = {"worker-1": 0, "worker-2": 0, "worker-3": 0} | {kill["killed"]: -9}
+    assert report["worker_exit_codes"] == codes
     assert report["raw"]["counters"]["submitted:train"] == report["submitted"]
     # Six steps are too few to be sure that the reward rises; all else must be right.
     wrong = problems(report)

@@ -208,7 +208,7 @@ def test_versions_counted_anew_after_a_rollback_are_versions() -> None:
         (lambda ids: torch.zeros(*ids.shape, VOCABULARY), "token_logprobs"),
         (lambda ids: torch.zeros(len(ids) + 1, ids.shape[1]), r"shape \[4, 8\], not \[3, 8\]"),
         (lambda ids: torch.zeros(ids.numel()), "shape"),
-        (lambda ids: torch.zeros_like(ids), "int64, not a tensor of floats"),
+        (torch.zeros_like, "int64, not a tensor of floats"),
         (torch.Tensor.tolist, "list, not a tensor"),
         (lambda ids: torch.full(ids.shape, float("nan")), "nan for row 0 token 2"),
     ],

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rollfleet_common.codec import encode_samples
 from rollfleet_common.errors import (
     DataError,
@@ -105,7 +107,7 @@ class Episodes:
         began: float,
     ) -> Header:
         prompt = claim.prompt
-        trained = [int(s.loss_mask.sum()) for s in samples]
+        trained = [int(np.count_nonzero(s.loss_mask)) for s in samples]
         oldest = [
             s.versions.oldest(s.loss_mask) for s, n in zip(samples, trained, strict=True) if n
         ]

@@ -6,17 +6,23 @@
 --      entry, index, kind, epoch, min_version, header, group, n, task, position
 -- Returns per item: 1 delivered, 0 gone (no lease: delivered before, or cancelled), -1 stolen,
 -- -2 the payload is not there (the prompt stays ours), -3 too stale to be useful (closed).
+-- A stream or group that is gone (Redis was flushed) holds no leases.
+local function holder(stream, entry)
+  local held = redis.pcall('XPENDING', stream, 'workers', entry, entry, 1)
+  if held.err and not string.find(held.err, 'NOGROUP', 1, true) then error(held.err) end
+  return not held.err and held[1] and held[1][2]
+end
 local fence = redis.call('HMGET', KEYS[1], 'epoch', 'min_useful')
 local epoch, min_useful = fence[1], tonumber(fence[2] or '-1')
 local states = {}
 local key, arg = 5, 2
 while arg <= #ARGV do
   local entry, index, kind = ARGV[arg], ARGV[arg + 1], ARGV[arg + 2]
-  local held = redis.call('XPENDING', KEYS[key], 'workers', entry, entry, 1)
+  local owner = holder(KEYS[key], entry)
   local state
-  if #held == 0 then
+  if not owner then
     state = 0
-  elseif held[1][2] ~= ARGV[1] then
+  elseif owner ~= ARGV[1] then
     state = -1
   elseif kind == 'train' and ARGV[arg + 3] == epoch and tonumber(ARGV[arg + 4]) < min_useful then
     redis.call('XADD', KEYS[4], '*', 'g', ARGV[arg + 6], 'i', index, 'n', ARGV[arg + 7], 'k', kind,

@@ -3,9 +3,15 @@
 -- ARGV 1 consumer  2 entry  3 delay in ms (-1: no attempts left)  4 record of this failure (one
 --      line of JSON)  5 task  6 position  7 failure kind
 -- Returns 1 parked, 2 buried, 0 gone, -1 stolen.
-local held = redis.call('XPENDING', KEYS[1], 'workers', ARGV[2], ARGV[2], 1)
-if #held == 0 then return 0 end
-if held[1][2] ~= ARGV[1] then return -1 end
+-- A stream or group that is gone (Redis was flushed) holds no leases.
+local function holder(stream, entry)
+  local held = redis.pcall('XPENDING', stream, 'workers', entry, entry, 1)
+  if held.err and not string.find(held.err, 'NOGROUP', 1, true) then error(held.err) end
+  return not held.err and held[1] and held[1][2]
+end
+local owner = holder(KEYS[1], ARGV[2])
+if not owner then return 0 end
+if owner ~= ARGV[1] then return -1 end
 local found = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
 if #found == 0 then
   redis.call('XACK', KEYS[1], 'workers', ARGV[2])

@@ -3,13 +3,15 @@
 -- KEYS 1 trainer  2 board  3 news
 -- ARGV 1 token  2 lease in ms  3 who (for people)  4 take over: 1 or 0
 --      5 version to resume at (-1: wherever the board is)  6 shape of the run (JSON)
+--      7 an epoch that this one must be above
 -- Returns {1, epoch, version} or {0, who holds it, ms left of its lease}.
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] and ARGV[4] ~= '1' then
   return {0, redis.call('HGET', KEYS[2], 'who') or '?', redis.call('PTTL', KEYS[1])}
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
+local epoch = math.max(tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0'), tonumber(ARGV[7])) + 1
+redis.call('HSET', KEYS[2], 'epoch', epoch)
 local at = tonumber(redis.call('HGET', KEYS[2], 'version') or '-1')
 local version = tonumber(ARGV[5])
 if version < 0 then version = math.max(at, 0) end

@@ -28,9 +28,10 @@ import rollfleet
 from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_common.redis import connect_sync
 from rollfleet_console.demo.audit import audit, read_made, read_trained
+from rollfleet_console.demo.kill import Killer
 from rollfleet_console.demo.model import Policy, warm_start
 from rollfleet_console.demo.processes import Processes
-from rollfleet_console.demo.report import Kill, Outcome, draw, make_report, problems, write
+from rollfleet_console.demo.report import Outcome, draw, make_report, problems, write
 from rollfleet_console.demo.screen import Screen
 from rollfleet_console.demo.trainer import Step, Trainer, feed
 
@@ -153,7 +154,7 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
             steps=loop.steps,
             books=books,
             audit=audit(read_trained(folder / "trained.jsonl"), read_made(processes.token_log)),
-            kills=loop.kills,
+            kills=loop.killer.kills,
             exit_codes=dict(processes.exit_codes),
             redis=_redis_name(fleet.redis_url),
             seconds_total=time.monotonic() - began,
@@ -171,8 +172,8 @@ class _Loop:
         self.fleet = fleet
         self.processes = processes
         self.screen = screen
+        self.killer = Killer(processes, fleet.redis_url, RUN)
         self.steps: list[Step] = []
-        self.kills: list[Kill] = []
         self._recent: deque[float] = deque(maxlen=SMOOTH_STEPS)
 
     def run(self, trainer: Trainer) -> None:
@@ -185,6 +186,7 @@ class _Loop:
         self.fleet.feed(feed(self.options.seed, stopped))
         try:
             trainer.train(self.fleet, self.options.steps, self._after)
+            self.killer.join()
         except RollfleetError:
             self.processes.check()  # what has ended is the better reason
             raise
@@ -197,21 +199,12 @@ class _Loop:
         self._recent.append(step.reward)
         self.processes.check()
         if step.number == self.options.kill_worker_at:
-            self._kill(step.number)
+            self.killer.kill_after(step.number)
+            self.screen.say(f"step {step.number}: killing a worker with -9, and starting another")
         self.screen.step(step, self.fleet.books)
         target = self.options.target
         reached = target is not None and sum(self._recent) / SMOOTH_STEPS >= target
         return not reached
-
-    def _kill(self, step: int) -> None:
-        """Kill a worker that holds leases: between two steps there may be none for a moment."""
-        deadline = time.monotonic() + 2.0
-        while not (held := self.fleet.books().in_flight) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        killed = self.processes.kill_worker()
-        started = self.processes.start_worker()
-        self.kills.append(Kill(step, killed, started, held))
-        self.screen.say(f"step {step}: killed {killed} with -9, started {started}")
 
 
 @contextlib.contextmanager

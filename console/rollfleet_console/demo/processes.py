@@ -41,6 +41,7 @@ class Processes:
     workers: dict[str, GuardedChild] = field(default_factory=dict)
     #: How workers ended: 0 is a drained one, -9 a killed one.
     exit_codes: dict[str, int | None] = field(default_factory=dict)
+    _started: int = 0
     _server: GuardedChild | None = None
     _worker_command: list[str] = field(default_factory=list)
 
@@ -87,18 +88,18 @@ class Processes:
 
     def start_worker(self) -> str:
         """Start one more worker; returns its name."""
-        name = f"worker-{len(self.workers) + len(self.exit_codes) + 1}"
+        self._started += 1
+        name = f"worker-{self._started}"
         command = [*self._worker_command, "--name", name]
         self.workers[name] = GuardedChild(command, log=self.folder / f"{name}.log")
         return name
 
-    def kill_worker(self) -> str:
-        """Kill the oldest worker with -9, in the middle of what it does; returns its name."""
-        name = next(iter(self.workers))
+    def kill_worker(self, name: str) -> None:
+        """Kill a worker with -9."""
+        # Taken off the list first: whoever checks it meanwhile must not take this for an accident.
         worker = self.workers.pop(name)
         worker.end(signal.SIGKILL)
         self.exit_codes[name] = worker.returncode
-        return name
 
     def check(self) -> None:
         """Notice what ended by itself.
@@ -109,7 +110,7 @@ class Processes:
         if self._server is not None and not self._server.alive():
             tail = _tail(self.folder / "server.log")
             raise RollfleetError(f"the inference server ended: {self._server.returncode}{tail}")
-        for name, worker in self.workers.items():
+        for name, worker in list(self.workers.items()):
             if not worker.alive():
                 tail = _tail(self.folder / f"{name}.log")
                 raise RollfleetError(f"{name} ended by itself: {worker.returncode}{tail}")

@@ -34,8 +34,8 @@ class Kill:
     step: int
     killed: str
     started: str
-    #: Prompts that workers held leases on, just before.
-    in_flight: int
+    #: Leases that it held, just before.
+    leases: int
 
 
 @dataclass(frozen=True, slots=True)

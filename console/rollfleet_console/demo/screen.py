@@ -281,6 +281,6 @@ def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dropped", f"{_tally(report['dropped'])}; {report['dead']} dead"),
     ]
     for kill in report["kills"]:
-        held = f"with {kill['in_flight']} prompts in flight"
-        rows.append(("killed", f"{kill['killed']} at step {kill['step']} {held}"))
+        held = f"with {kill['leases']} prompts in its hands"
+        rows.append(("killed", f"{kill['killed']} after step {kill['step']}, {held}"))
     return rows
