@@ -189,7 +189,7 @@ def mask_runs(mask: Bool) -> Int32:
     if not len(mask):
         return np.zeros(0, _I4)
     # By hand: numpy's diff and append cost four times as much.
-    edges = np.flatnonzero(mask[1:] != mask[:-1])
+    (edges,) = (mask[1:] != mask[:-1]).nonzero()
     first = int(mask[0])
     bounds = np.empty(len(edges) + 2 + first, _I4)
     bounds[: 1 + first] = 0
@@ -201,9 +201,7 @@ def mask_runs(mask: Bool) -> Int32:
 
 def expand_mask(runs: Int32) -> Bool:
     """The inverse of :func:`mask_runs`: bool[sum of runs]."""
-    return np.repeat(_ALTERNATING[: len(runs)], runs) if len(runs) <= len(_ALTERNATING) else (
-        np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    )
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
 
 
 def decode_samples(packed: bytes) -> tuple[Sample, ...]:

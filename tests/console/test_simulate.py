@@ -139,8 +139,9 @@ def any_scenario(seed: int) -> Scenario:
         SMALL,
         seed=seed,
         max_staleness=eta,
-        pipeline_depth=r.randint(0, eta),
-        min_group_size=r.choice([None, 1, 3]),
+        pipeline_depth=(depth := r.randint(0, eta)),
+        # Torn groups leave credit for less than a group: at depth 0 that could be all there is.
+        min_group_size=r.choice([None, 1, 3]) if depth else None,
         slots=r.choice([3, 16, 100]),
         sigma=r.choice([0.3, 1.0, 2.0]),
         group_correlation=r.choice([0.0, 0.5, 1.0]),
@@ -220,6 +221,13 @@ def test_a_fleet_whose_samples_all_die_is_said_to_starve() -> None:
         simulate(replace(SMALL, failure_rate=0.99, attempts=1, starve_s=900.0))
 
 
+def test_a_fleet_in_which_nothing_can_happen_says_where_its_samples_are() -> None:
+    # Torn groups are accepted, so 31 samples may be ready, and there is no room for a group of 4.
+    stuck = replace(SMALL, seed=3, max_staleness=0, min_group_size=1, failure_rate=0.4, attempts=1)
+    with pytest.raises(StarvedError, match=r"room for [123] more and groups are of 4"):
+        simulate(replace(stuck, early_cancel=False))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -244,7 +252,7 @@ def test_what_can_not_be_simulated_is_refused(change: dict[str, Any], said: str)
 def group(name: str, n: int, *versions: int, torn: str = "") -> Group:
     g = Group(name, n, Kind.TRAIN, "default", 0, seq=int(name))
     for i, version in enumerate(versions):
-        header: Any = SimpleNamespace(max_version=version)
+        header: Any = SimpleNamespace(min_version=version, max_version=version)
         g.members[i] = Member("", header, version)
     if torn:
         t = Tombstone(name, n - 1, n, Kind.TRAIN, "default", torn, "")
@@ -261,8 +269,9 @@ def test_groups_are_chosen_as_the_consumer_chooses_them(seed: int) -> None:
         str(i): group(str(i), 2, r.randint(0, 4), r.randint(0, 4)) for i in r.sample(range(50), 30)
     }
     consumer.ready, consumer.reserved, consumer.replay = shelf.ready, set(), {}
+    consumer.policy, consumer.version = shelf.policy, lambda: 5
     for want in (0, 1, 10, 25, 1000):
-        assert shelf.choose(want) == Consumer.choose(consumer, want)
+        assert shelf.choose(want, 5) == Consumer.choose(consumer, want)
 
 
 def test_groups_are_judged_as_the_consumer_judges_them() -> None:
@@ -274,7 +283,7 @@ def test_groups_are_judged_as_the_consumer_judges_them() -> None:
     assert shelf.judge(group("5", 2, torn="stale"), 5) == "dead"
     assert shelf.judge(group("6", 2, 6, 6), 5) is None  # the future may come
     assert [*shelf.ready] == ["1", "6"]
-    fresh, dropped = shelf.sweep(shelf.choose(10), 6)
+    fresh, dropped = shelf.sweep(shelf.choose(10, 6), 6)
     assert [g.name for g in fresh] == ["6"]
     assert [(g.name, why) for g, why in dropped] == [("1", "stale")]
     assert [*shelf.ready] == ["6"]

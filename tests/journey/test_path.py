@@ -127,8 +127,6 @@ def test_feeds_from_any_iterable(redis_url: str, processes: Processes, kind: str
     processes.worker(redis_url, "feed")
     with rollfleet.connect(redis_url, run="feed", **SHAPE) as fleet:
         fleet.feed(source)
-        with pytest.raises(rollfleet.SettingsError, match="a feed is running"):
-            fleet.feed(rows)
         got = {
             (r.header.position, r.samples[0].token_ids[1], r.samples[0].reward)
             for batch in fleet.batches()
@@ -151,6 +149,18 @@ def test_the_end_of_a_feed_is_a_smaller_batch_and_then_none(
         fleet.feed(prompts(7))
         assert [len(batch) for batch in fleet.batches()] == [8]
         assert_empty(fleet)
+
+
+@pytest.mark.leaves_keys("nobody ran the prompts", "rf:*:prompts:*", "rf:*:group:*")
+def test_one_feed_at_a_time(redis_url: str) -> None:
+    with rollfleet.connect(redis_url, run="one", **SHAPE) as fleet:
+        fleet.feed(prompts(100))
+        with pytest.raises(rollfleet.SettingsError, match="a feed is running"):
+            fleet.feed(prompts(1))
+        # Pacing: (depth + 1) x samples_per_version, and not one more.
+        wait_until(lambda: fleet.books().submitted == 24, "the feed to fill the room")
+        time.sleep(0.2)
+        assert fleet.books().submitted == 24
 
 
 def test_an_empty_feed_ends_at_once(redis_url: str) -> None:
@@ -228,9 +238,7 @@ def test_scaling_from_one_worker_to_three_and_back(
     assert one.stop() == 0
 
 
-def test_slots_bound_what_runs_at_once(
-    redis_url: str, processes: Processes, tmp_path: Any
-) -> None:
+def test_slots_bound_what_runs_at_once(redis_url: str, processes: Processes, tmp_path: Any) -> None:
     gate, trace = tmp_path / "gate", tmp_path / "trace"
     shape = SHAPE | {"samples_per_version": 12}
     with rollfleet.connect(redis_url, run="slots", **shape) as fleet:
@@ -304,7 +312,9 @@ def test_wait_keeps_what_came_when_it_is_too_early(redis_url: str, processes: Pr
         with pytest.raises(rollfleet.StarvedError, match="4 samples wait for a worker"):
             fleet.wait(1, timeout=0.2)
         processes.worker(redis_url, "wait")
-        with pytest.raises(rollfleet.StarvedError, match="a batch of 8 samples did not come within 1.5 s"):
+        with pytest.raises(
+            rollfleet.StarvedError, match="a batch of 8 samples did not come within 1.5 s"
+        ):
             wait_until(lambda: fleet.books().handed_out == 4, "the first group", 30.0)
             fleet.wait(2, timeout=1.5)
         fleet.submit({"token_ids": [1]})
@@ -328,9 +338,9 @@ def test_rollout_batch_refills_what_is_rejected(redis_url: str, processes: Proce
 
     with rollfleet.connect(redis_url, run="refill", should_accept=second_try, **SHAPE) as fleet:
         batch = fleet.rollout_batch(list(prompts(3)))
-        assert sorted(r.samples[0].reward for r in batch.rollouts) == [0.0] * 4 + [1.0] * 4 + [
-            2.0
-        ] * 4
+        assert (
+            sorted(r.samples[0].reward for r in batch.rollouts) == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
+        )
         assert fleet.books().dropped["rejected"] == 8
         with pytest.raises(ValueError, match="at least one prompt"):
             fleet.rollout_batch([])
@@ -391,9 +401,7 @@ def test_prepare_batch_goes_round_a_loader_again_and_again(
         pass
 
 
-def test_prepare_batch_of_what_can_be_read_once_ends(
-    redis_url: str, processes: Processes
-) -> None:
+def test_prepare_batch_of_what_can_be_read_once_ends(redis_url: str, processes: Processes) -> None:
     processes.worker(redis_url, "once")
     with rollfleet.connect(redis_url, run="once", **SHAPE) as fleet:
         source = prompts(3)

@@ -38,7 +38,7 @@ def simulate(scenario: Scenario, lengths: Lengths | None = None) -> Result:
     trainer.start()
     clock.run()
     if not clock.stopped:
-        raise StarvedError(f"nothing can happen any more: {trainer.take_stock()}")
+        raise StarvedError(f"nothing can happen any more: {trainer.say()}")
     return meter.result()
 
 

@@ -1,4 +1,4 @@
-"""Closed groups that may be trained on: judged, chosen oldest first, swept at hand-over.
+"""Closed groups that may be trained on: judged, chosen in order, swept at hand-over.
 
 - The rules of :class:`rollfleet.consume.Consumer` without its streams; a test holds the two
   together.
@@ -29,10 +29,10 @@ class Shelf:
             return None
         return cause(group, reason)
 
-    def choose(self, samples: int) -> list[Group]:
-        """Ready groups, oldest first, until they hold `samples`; fewer if there are not so many."""
+    def choose(self, samples: int, current: int) -> list[Group]:
+        """Ready groups, in the policy's order, until they hold `samples`; fewer if there are."""
         chosen: list[Group] = []
-        for group in sorted(self.ready.values(), key=lambda group: (group.oldest, group.seq)):
+        for group in sorted(self.ready.values(), key=lambda g: self.policy.order(g, current)):
             if samples <= 0:
                 break
             chosen.append(group)

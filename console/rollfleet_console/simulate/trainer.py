@@ -11,21 +11,19 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from rollfleet.capacity import Pacer
-from rollfleet.freshness import DropStale, Policy
+from rollfleet.freshness import DropStale, Policy, StandardPPO
 from rollfleet.groups import Group, Groups, Member
 from rollfleet_common.errors import StarvedError
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Header, Kind, Tombstone
-from rollfleet_common.staleness import min_useful, staleness
+from rollfleet_common.staleness import staleness
 from rollfleet_console.simulate.clock import Clock
 from rollfleet_console.simulate.scenario import Scenario
 from rollfleet_console.simulate.shelf import Shelf
 from rollfleet_console.simulate.workers import Place, Task, Work, Workers
 
-__all__ = ["NEVER", "Trainer", "Watcher"]
+__all__ = ["Trainer", "Watcher"]
 
-#: Larger than any staleness.
-NEVER = 10**9
 #: How long a waiting trainer that swept something goes without choosing again.
 LOOK_S = 1.0
 
@@ -54,7 +52,7 @@ class Trainer:
         scenario: What is simulated.
         lengths: (duration in seconds, tokens) of every sample, group by group, without end.
         watcher: Is told what happens.
-        policy: None: the one of the scenario.
+        policy: None: the scenario's. Payloads are not simulated, so nothing is refined.
     """
 
     def __init__(
@@ -71,10 +69,10 @@ class Trainer:
         self.lengths = lengths
         self.watcher = watcher
         self.version = 0
-        self.bound = NEVER if s.pacing_only else s.max_staleness
+        self.policy = policy or policy_of(s)
         self.pacer = Pacer(s.depth, s.samples_per_version)
         self.groups = Groups()
-        self.shelf = Shelf(policy or DropStale(self.bound, s.min_group_size))
+        self.shelf = Shelf(self.policy)
         self.books = Books()
         self.workers = Workers(clock, s, lambda: self.version, self._deliver, self._fail)
         #: Seconds spent waiting for a batch, and since when the present wait goes on.
@@ -88,7 +86,7 @@ class Trainer:
 
     def start(self) -> None:
         """Begin to feed and to wait for the first batch."""
-        if self.scenario.early_cancel and not self.scenario.pacing_only:
+        if self.scenario.early_cancel:
             self.clock.at(self.scenario.renew_s, self._renew)
         self._next_batch()
 
@@ -125,7 +123,7 @@ class Trainer:
         if self._aged:
             self._aged = False
             tasks = dict.fromkeys(self._tasks.values())
-        floor = min_useful(self.version, self.bound)
+        floor = self.policy.horizon(self.version)
         for task in tasks:
             late = task.older_than(floor, Place.RUNNING)
             left = len(task.works) - task.gone - len(late)
@@ -141,7 +139,7 @@ class Trainer:
     # ---- guard 3: refusal at deliver ---------------------------------------------------------
 
     def _deliver(self, work: Work) -> None:
-        if work.version < min_useful(self.version, self.bound):
+        if work.version < self.policy.horizon(self.version):
             work.place = Place.ENDED
             self.watcher.wasted(work, "deliver", work.tokens)
             self._give_up(work, "stale")
@@ -208,7 +206,7 @@ class Trainer:
         if self.waits_since is None:
             return
         want = self.scenario.samples_per_version
-        fresh, dropped = self.shelf.sweep(self.shelf.choose(want), self.version)
+        fresh, dropped = self.shelf.sweep(self.shelf.choose(want, self.version), self.version)
         for group, reason in dropped:
             self._drop(group, reason, "sweep")
         if sum(len(group.members) for group in fresh) >= want:
@@ -224,9 +222,18 @@ class Trainer:
         if self.waits_since is not None and self.clock.now - self.waits_since > s.starve_s:
             raise StarvedError(
                 f"no batch of {s.samples_per_version} samples within {s.starve_s:g} simulated "
-                f"seconds at version {self.version}: rollouts outlast max_staleness = "
-                f"{s.max_staleness}"
+                f"seconds at version {self.version}: {self.say()}"
             )
+
+    def say(self) -> str:
+        """Where the samples are, in words."""
+        books = self.take_stock()
+        ready = sum(len(group.members) for group in self.shelf.ready.values())
+        return (
+            f"{books.waiting} wait, {books.in_flight} run, {books.delayed} wait for another "
+            f"attempt, {ready} are ready, {books.dead} died, room for {self.pacer.room} more "
+            f"and groups are of {self.scenario.group_size}"
+        )
 
     def _hand_over(self, groups: list[Group]) -> None:
         assert self.waits_since is not None, "only a trainer that waits is handed a batch"  # noqa: S101
@@ -288,3 +295,10 @@ class Trainer:
             generate_ms=0,
             reward_ms=0,
         )
+
+
+def policy_of(scenario: Scenario) -> Policy:
+    """What a scenario judges by: its bound, or nothing but whether groups are whole."""
+    if scenario.pacing_only:
+        return StandardPPO(scenario.min_group_size)
+    return DropStale(scenario.max_staleness, scenario.min_group_size)
