@@ -158,6 +158,7 @@ class Stage:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "CHAOS_MUTANT": self.o.mutant,
+            "CHAOS_DIR": str(self.dir),
             **self.o.env,
         }
         with out.open("ab") as log:

@@ -321,7 +321,11 @@ def _health(case: Case) -> Found:
         return None
     lies: list[str] = []
     judged = 0
+    born: dict[str, float] = {}
     for look in seen.looks:
+        if look.live:
+            born.setdefault(look.worker, look.t)
+        leaves = next((d.t for d in seen.drains if d.worker == look.worker), float("inf"))
         if any(w == look.worker and b <= look.t + 1.5 and look.t <= e + 1.5 for w, b, e in seen.frozen):
             continue
         outage = next((o for o in seen.outages if o.began <= look.t <= o.ended), None)
@@ -330,7 +334,7 @@ def _health(case: Case) -> Found:
             if look.ready and look.t < outage.ended - 0.5:
                 since = look.t - outage.began
                 lies.append(f"{look.worker} is ready, {since:.1f} s after Redis was {outage.kind}")
-            if not look.live:
+            if not look.live and born.get(look.worker, look.t) < look.t < leaves:
                 lies.append(f"{look.worker} is not live because Redis is {outage.kind}")
         for drain in seen.drains:
             took = drain.took_s or 0.0

@@ -147,7 +147,7 @@ ROWS = [
         "SIGTERM twice",
         "a second SIGTERM after 0.5 s hands everything back at once",
         _term_twice,
-        {"env": {"CHAOS_MEAN_S": "3"}, "drain_s": 20.0, "spv": 8, "slots": 8},
+        {"env": {"CHAOS_MEAN_S": "1.5"}, "drain_s": 20.0},
     ),
     Row(
         "SIGKILL after the grace period",

@@ -58,11 +58,11 @@ class Random:
 
 
 class Hog(Random):
-    """Blocks the event loop of the first worker that asks, once, for CHAOS_HOG_S seconds."""
+    """Blocks the event loop of one worker once, for CHAOS_HOG_S seconds."""
 
     async def run(self, prompt: Prompt, context: Context) -> Sample:
         """As Random, after the block."""
-        flag = Path(os.environ["CHAOS_HOG_FLAG"])
+        flag = Path(os.environ["CHAOS_DIR"]) / "hog"
         try:
             flag.touch(exist_ok=False)
         except FileExistsError:

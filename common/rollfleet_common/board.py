@@ -128,8 +128,9 @@ class Board:
 
     async def read(self) -> tuple[PolicyVersion, Shape] | None:
         """The policy and the shape of the run; None before any trainer opened it."""
-        names = ["version", "epoch", "weights", "paused_until_ms", "shape"]
-        version, epoch, weights, paused, shape = await self.client.hmget(self.keys.board, names)
+        names = ["version", "epoch", "weights", "paused_until_ms", "min_useful", "shape"]
+        values = await self.client.hmget(self.keys.board, names)
+        version, epoch, weights, paused, useful, shape = values
         if shape is None:
             return None
         policy = PolicyVersion(
@@ -137,6 +138,7 @@ class Board:
             epoch=int(epoch),
             weights=(weights or b"").decode(),
             paused_until_ms=int(paused or 0),
+            min_useful=int(useful or NO_VERSION),
         )
         return policy, Shape.loads(shape.decode())
 

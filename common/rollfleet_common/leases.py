@@ -88,12 +88,24 @@ class Leases:
         Returns:
             Whether the lease was still ours.
         """
+        return await self._end(claim, failure, -1 if delay_ms is None else delay_ms)
+
+    async def _end(self, claim: Claim, failure: Failure, delay_ms: int) -> bool:
         k, p = self.keys, claim.prompt
         keys = [k.prompts(p.route), k.delayed(p.route), k.parked(p.route), k.dead, k.tombstones]
         keys += [k.ledger, k.group(p.group)]
-        args = [self.worker, claim.entry, -1 if delay_ms is None else delay_ms]
+        args: list[Any] = [self.worker, claim.entry, delay_ms]
         args += [failure.record(claim.attempt), p.task, p.position, failure.kind.value]
         return int(await _FAIL(self.client, keys, args)) > 0
+
+    async def give_up(self, claim: Claim, why: str) -> bool:
+        """End a lease whose rollout could not be trained on any more: too stale, no dead letter.
+
+        Returns:
+            Whether the lease was still ours.
+        """
+        failure = Failure(FailureKind.CANCELLED, why, self.worker)
+        return await self._end(claim, failure, -2)
 
     async def bury(self, garbage: Garbage) -> None:
         """Move an unreadable entry to the dead letters.

@@ -56,6 +56,8 @@ class PolicyVersion:
     weights: str = ""
     #: Unix time in milliseconds until which workers claim nothing new; 0 if not paused.
     paused_until_ms: int = 0
+    #: The oldest version of a trained token that may still be of use; -1 if any may.
+    min_useful: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_console.dead_commands import dead
+from rollfleet_console.doctor_command import doctor
 from rollfleet_console.reach import Config, Json, RedisUrl, Run, ask, print_json, settings_of, show
 from rollfleet_console.simulate.command import simulate
 
@@ -55,6 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(dead, name="dead")
+app.command()(doctor)
 app.command()(simulate)
 
 

@@ -15,6 +15,7 @@ from rollfleet_common.codec import decode_header
 from rollfleet_common.errors import WireError
 from rollfleet_common.keys import PartitionKeys, RunKeys
 from rollfleet_common.ledger import read_books
+from rollfleet_console.doctor_ills import ILLS
 from rollfleet_console.findings import Finding, Severity, some
 
 __all__ = ["Suspicions", "confirmed", "judge", "read"]
@@ -23,114 +24,6 @@ __all__ = ["Suspicions", "confirmed", "judge", "read"]
 PAGE = 100
 #: Entries, keys or members of one structure that are looked at.
 LIMIT = 200_000
-
-#: Of every ill: severity, check, what (of n), and what to do.
-ILLS: dict[str, tuple[Severity, str, str, str]] = {
-    "unbalanced": (
-        Severity.ERROR,
-        "books",
-        "{n} partition(s) whose books do not balance: samples submitted and nowhere to be found "
-        "(+), or more found than were submitted (-)",
-        "Redis lost writes (power, failover, FLUSHALL), or somebody changed keys by hand: submit "
-        "what is missing again; a trainer that opens the run with fresh=True begins anew",
-    ),
-    "fenced": (
-        Severity.ERROR,
-        "trainer",
-        "{n} partition(s) obey another trainer than the board names",
-        "a trainer died while it opened the run, or two fight over it: start one, with "
-        "take_over=True",
-    ),
-    "adrift": (
-        Severity.ERROR,
-        "groups",
-        "{n} member(s) of groups are said to be on a prompts stream, and are not: their groups "
-        "will never close",
-        "Redis lost writes, or a prompt was deleted by hand: drop the run's groups with a fresh "
-        "run, or submit them again",
-    ),
-    "unparked": (
-        Severity.ERROR,
-        "groups",
-        "{n} member(s) of groups are said to wait for another attempt, and do not",
-        "as for prompts that are gone: submit the group again",
-    ),
-    "undelivered": (
-        Severity.ERROR,
-        "groups",
-        "{n} member(s) of groups are said to be delivered, but their header is gone",
-        "as for prompts that are gone: submit the group again",
-    ),
-    "unburied": (
-        Severity.ERROR,
-        "groups",
-        "{n} member(s) of groups are closed without a rollout, and no tombstone says so: a trainer "
-        "that is opened now would wait for them for ever",
-        "Redis lost writes, or a tombstone was deleted by hand: submit the group again",
-    ),
-    "shapeless": (
-        Severity.ERROR,
-        "groups",
-        "{n} group record(s) cannot be read",
-        "they were not written by rollfleet: delete them, if nobody knows better",
-    ),
-    "unfreed": (
-        Severity.WARNING,
-        "groups",
-        "{n} group(s) are over, with every member closed and nothing left to settle, but their "
-        "record was not freed",
-        "harmless but for their memory: delete the records",
-    ),
-    "headless": (
-        Severity.WARNING,
-        "orphans",
-        "{n} payload(s) that no header names and that never expire: memory that does not return",
-        "delete these keys",
-    ),
-    "bodiless": (
-        Severity.ERROR,
-        "orphans",
-        "{n} rollout(s) whose payload is gone: the trainer will drop their groups as `lost`",
-        "find who evicts or deletes keys (maxmemory-policy must be noeviction)",
-    ),
-    "parked alone": (
-        Severity.ERROR,
-        "orphans",
-        "{n} parked prompt(s) that no due time will bring back",
-        "a sorted set `delayed` was changed by hand: submit these groups again",
-    ),
-    "due alone": (
-        Severity.ERROR,
-        "orphans",
-        "{n} due time(s) of prompts whose content is gone",
-        "a hash `parked` was changed by hand: submit these groups again",
-    ),
-    "trained alone": (
-        Severity.WARNING,
-        "orphans",
-        "{n} rollout(s) count as trained, but are not on the stream",
-        "the books are off by as many: SREM them from `trained`",
-    ),
-    "unreadable": (
-        Severity.WARNING,
-        "orphans",
-        "{n} rollout header(s) cannot be read",
-        "the trainer moves them to the dead letters when it reads them; start one",
-    ),
-    "plan": (
-        Severity.ERROR,
-        "plans",
-        "{n} batch(es) that were handed out and not committed lack rollouts: they cannot be served "
-        "again whole",
-        "Redis lost writes: resume the trainer from a checkpoint, and feed what is missing again",
-    ),
-    "planless": (
-        Severity.ERROR,
-        "plans",
-        "{n} plan(s) of batches cannot be read: no trainer can open the run",
-        "they are of another release, or not ours: look before you HDEL them",
-    ),
-}
 
 
 @dataclass(slots=True)
@@ -212,30 +105,19 @@ async def read(client: Any, keys: RunKeys, partitions: Sequence[PartitionKeys]) 
 
 async def _partition(client: Any, k: PartitionKeys, s: Suspicions) -> set[str]:
     """Cross-check one partition; returns the entries of its rollouts stream."""
-    places = _Places()
-    for raw in sorted(await client.smembers(k.routes)):
-        route = _text(raw)
-        places.prompts[route] = {e async for e, _ in _entries(client, k.prompts(route))}
-        places.delayed[route] = await _delayed(client, k, route, s)
-    async for _, fields in _entries(client, k.tombstones):
-        places.tombs.add((fields.get(b"g", b""), fields.get(b"i", b"")))
-    named: dict[str, str] = {}
-    async for entry, fields in _entries(client, k.rollouts):
-        places.rollouts.add(entry)
-        try:
-            named[decode_header(fields[b"h"]).payload] = entry
-        except (KeyError, WireError) as exc:
-            s.add("unreadable", f"{k.rollouts} {entry}", str(exc)[:80])
+    places = await _places(client, k, s)
     groups, payloads = await _keys(client, k)
+    for name in (places.held | {_text(group) for group, _ in places.tombs}) - set(groups):
+        s.add("stray", f"group {name} in {k.prefix}")
     s.groups += len(groups)
-    s.payloads += len(named)
+    s.payloads += len(places.named)
     for at in range(0, len(groups), PAGE):
         pipe = client.pipeline(transaction=False)
         for name in groups[at : at + PAGE]:
             pipe.hgetall(k.group(name))
         for name, record in zip(groups[at : at + PAGE], await pipe.execute(), strict=True):
             _group(k, name, record, places, s)
-    await _payloads(client, k, named, payloads, s)
+    await _payloads(client, k, places.named, payloads, s)
     async for member in client.sscan_iter(k.trained, count=PAGE):
         if _text(member) not in places.rollouts:
             s.add("trained alone", f"{k.trained} {_text(member)}")
@@ -250,6 +132,30 @@ class _Places:
     delayed: dict[str, set[str]] = field(default_factory=dict)
     rollouts: set[str] = field(default_factory=set)
     tombs: set[tuple[bytes, bytes]] = field(default_factory=set)
+    #: Groups of the rollouts, and their payloads with the entry that names them.
+    held: set[str] = field(default_factory=set)
+    named: dict[str, str] = field(default_factory=dict)
+
+
+async def _places(client: Any, k: PartitionKeys, s: Suspicions) -> _Places:
+    """Read every stream and sorted set of a partition."""
+    places = _Places()
+    for raw in sorted(await client.smembers(k.routes)):
+        route = _text(raw)
+        places.prompts[route] = {e async for e, _ in _entries(client, k.prompts(route))}
+        places.delayed[route] = await _delayed(client, k, route, s)
+    async for _, fields in _entries(client, k.tombstones):
+        places.tombs.add((fields.get(b"g", b""), fields.get(b"i", b"")))
+    async for entry, fields in _entries(client, k.rollouts):
+        places.rollouts.add(entry)
+        try:
+            header = decode_header(fields[b"h"])
+        except (KeyError, WireError) as exc:
+            s.add("unreadable", f"{k.rollouts} {entry}", str(exc)[:80])
+            continue
+        places.named[header.payload] = entry
+        places.held.add(header.group)
+    return places
 
 
 async def _entries(client: Any, stream: str) -> AsyncIterator[tuple[str, Mapping[bytes, bytes]]]:

@@ -90,7 +90,9 @@ def _durability(report: ServerReport, info: dict[str, Any]) -> Iterator[Finding]
         fix = "ask its operator: the run's queue lives as long as the server's data"
     elif not report.appendonly:
         severity = Severity.WARNING
-        fix = "CONFIG SET appendonly yes, and write it to redis.conf; not needed for throw-away runs"
+        fix = (
+            "CONFIG SET appendonly yes, and write it to redis.conf; not needed for throw-away runs"
+        )
     elif report.appendfsync == "no":
         severity = Severity.WARNING
         fix = "CONFIG SET appendfsync everysec, and write it to redis.conf"
@@ -114,7 +116,7 @@ def _memory(report: ServerReport, info: dict[str, Any]) -> Iterator[Finding]:
     if not limit:
         limit, name = int(info.get("total_system_memory", 0)), "the machine's memory"
     part = used / limit if limit else 0.0
-    what = f"{_bytes(used)} used" + (f", {part:.0%} of {name} ({_bytes(limit)})" if limit else "")
+    what = f"{_bytes(used)} used" + (f", {part:.1%} of {name} ({_bytes(limit)})" if limit else "")
     severity = Severity.OK
     if part >= ALMOST_FULL:
         severity = Severity.ERROR if part >= FULL else Severity.WARNING
@@ -178,7 +180,9 @@ async def clock(client: Any) -> tuple[float, list[Finding]]:
     what = f"this host and Redis are {abs(skew_s):.2f} s apart (measured to {took_s / 2:.3f} s)"
     if abs(skew_s) - took_s / 2 <= CLOCK_SLACK_S:
         return now_s, [Finding(Severity.OK, "clock", what)]
-    fix = "run NTP (chrony, systemd-timesyncd) on both: pauses end by the clock of each worker, and "
+    fix = (
+        "run NTP (chrony, systemd-timesyncd) on both: pauses end by the clock of each worker, and "
+    )
     fix += "workers are shown as lost by theirs; leases follow Redis alone"
     return now_s, [Finding(Severity.WARNING, "clock", what, fix=fix)]
 

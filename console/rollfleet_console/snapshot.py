@@ -102,6 +102,7 @@ def _worker(card: Mapping[str, Any], pending: Mapping[str, int], now_ms: int) ->
         seen_s=seen_s,
         up_s=max(0.0, (now_ms - int(card.get("started_ms", now_ms))) / 1000),
         pending=pending.get(card["id"], 0),
+        ahead_s=max(0.0, (card["seen_ms"] - now_ms) / 1000),
     )
 
 

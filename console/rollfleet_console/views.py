@@ -55,6 +55,8 @@ class WorkerCard:
     up_s: float
     #: Leases in its name, as Redis counts them.
     pending: int
+    #: Seconds that its clock is ahead of Redis'.
+    ahead_s: float = 0.0
 
     @property
     def lost(self) -> bool:

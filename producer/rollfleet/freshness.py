@@ -346,9 +346,12 @@ def _least(n: int, min_group_size: int | None) -> int:
 
 
 def _unversioned(group: Group) -> str | None:
-    """The raw header is asked: a version counted anew after a rollback may be negative."""
-    unknown = any(member.header.min_version < 0 for member in group.members.values())
-    return "unversioned" if unknown else None
+    """``unversioned`` if a server told no version of what is trained on."""
+    for member in group.members.values():
+        # A version counted anew after a rollback may be negative, too: the raw header knows.
+        if member.oldest < 0 and member.header.min_version < 0:
+            return "unversioned"
+    return None
 
 
 def _within(sample: Sample, floor: int) -> Bool:

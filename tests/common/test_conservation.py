@@ -37,7 +37,7 @@ from rollfleet_common.streams import Arrivals, Streams, Submission
 
 T = TypeVar("T")
 
-EXAMPLES = int(os.environ.get("ROLLFLEET_TEST_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("ROLLFLEET_TEST_EXAMPLES", "100"))
 #: A failure is made small only where there is time for it.
 PHASES = [Phase.generate, *([Phase.shrink] if "ROLLFLEET_TEST_EXAMPLES" in os.environ else [])]
 STEPS = 45
@@ -181,6 +181,21 @@ class History(RuleBasedStateMachine):
     def _busy(self) -> st.SearchStrategy[str]:
         return st.sampled_from([worker for worker in WORKERS if self.held[worker]])
 
+    @precondition(lambda self: self.model.waiting)
+    @rule(worker=workers, count=st.integers(4, 12))
+    def work(self, worker: str, count: int) -> None:
+        """What mostly happens: prompts are claimed, answered, and read by the trainer."""
+        self.claim(worker, count)
+        taken, self.held[worker] = self.held[worker], []
+        version = self.model.version
+        for claim, ticket, epoch in taken:
+            key = (claim.prompt.group, claim.index)
+            expected = self.model.deliver(worker, key, ticket, epoch, version)
+            item = delivery_of(claim, version=version, epoch=epoch, nonce=f"{worker}-{self.lives}")
+            (state,) = self.do(self.streams.deliver(worker, [item]))
+            assert state == expected
+        self.consume(20)
+
     @precondition(lambda self: any(self.held.values()))
     @rule(data=st.data(), delay_ms=st.sampled_from([0, LEASE_MS, None]), lost=st.booleans())
     def fail(self, data: st.DataObject, delay_ms: int | None, lost: bool) -> None:
@@ -272,9 +287,8 @@ class History(RuleBasedStateMachine):
 
     # ---- the trainer -------------------------------------------------------------------------
 
-    @rule(count=st.integers(1, 20), shown=st.booleans())
-    def consume(self, count: int, shown: bool) -> None:
-        """Read; or the reply was lost, and what it held is found among what is pending."""
+    @rule(count=st.integers(1, 20))
+    def consume(self, count: int) -> None:
         arrivals = self.do(self.streams.consume(self.client, self.token, count, None))
         rollouts, stones = self.model.read(count)
         assert [(h.group, h.index) for _, h in arrivals.headers] == rollouts

@@ -209,13 +209,11 @@ def test_wait_keeps_the_bound_without_drops_and_without_deadlock(
                     late = pattern[one % len(pattern)][1]
                     ready[one] = min(coming.pop(one)[0] + late, current)
                 batch = sorted(ready, key=lambda one: (ready[one], one))[:size]
-                rest = {
-                    "left": [v for one, v in ready.items() if one not in batch],
-                    "per_version": per_version,
-                    "spare": spare,
-                }
+                left = [version for one, version in ready.items() if one not in batch]
                 waiting = [version for version, _ in coming.values()]
-                if len(batch) == size and not wait.must_wait(waiting, current, **rest):
+                if len(batch) == size and not wait.must_wait(
+                    waiting, current, left=left, per_version=per_version, spare=spare
+                ):
                     break
                 clock += 1
             else:

@@ -21,13 +21,14 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
+from redis.exceptions import RedisError
 
 from rollfleet_common.board import Board
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import BrokerSetupError, RollfleetError
 from rollfleet_common.keys import RunKeys, check_name
 from rollfleet_common.leases import Failure, Leases
-from rollfleet_common.messages import Claim
+from rollfleet_common.messages import Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
 from rollfleet_common.streams import Streams
 from rollfleet_worker.claim import BLOCK_MS, Claimer
@@ -74,7 +75,8 @@ class Worker:
         self.follower: Follower | None = None
         self.outboxes: list[Outbox] = []
         self._alive: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
-        self._running: set[str] = set()
+        #: What the board said when an episode that runs now began, by entry.
+        self._running: dict[str, PolicyVersion] = {}
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self._away_until = 0.0
@@ -88,14 +90,18 @@ class Worker:
         try:
             outcome = await self.episodes.run(claim, self._follower.policy)
         finally:
-            self._running.discard(claim.entry)
-            self.slots.give()
+            self._free(claim)
         self._counts["failed" if isinstance(outcome, Failure) else "delivered"] += 1
         await self.outboxes[claim.partition].deliver(claim, outcome)
 
     def _spawn(self, claim: Claim) -> None:
-        self._running.add(claim.entry)
+        self._running[_key(claim)] = self._follower.policy
         self._track(claim, self.live(claim))
+
+    def _free(self, claim: Claim) -> None:
+        """Give an episode's slot back, once."""
+        if self._running.pop(_key(claim), None) is not None:
+            self.slots.give()
 
     def _refuse(self, claim: Claim, failure: Failure) -> None:
         self._track(claim, self.outboxes[claim.partition].deliver(claim, failure))
@@ -104,15 +110,34 @@ class Worker:
         task: asyncio.Task[None] = asyncio.create_task(life, name=f"live-{claim.entry}")
         key = _key(claim)
         self._alive[key] = (claim, task)
-        task.add_done_callback(lambda done: self._buried(key, done))
+        task.add_done_callback(lambda done: self._buried(claim, done))
 
-    def _buried(self, key: str, task: "asyncio.Task[None]") -> None:
-        claim, _ = self._alive.pop(key)
+    def _buried(self, claim: Claim, task: "asyncio.Task[None]") -> None:
+        _, alive = self._alive.get(_key(claim), (None, None))
+        if alive is task:
+            del self._alive[_key(claim)]
+            self._free(claim)  # cancelled before it took its first step
         if not task.cancelled() and (exc := task.exception()) is not None:
             # The lease stays and lapses: another worker will try. Only set-up errors come here.
             log.error(
                 "could not deliver", group=claim.prompt.group, index=claim.index, error=str(exc)
             )
+
+    def _cancel_hopeless(self, policy: PolicyVersion) -> None:
+        """Stop what can only bring stale rollouts. It saves work; the trainer's sweep guarantees."""
+        for key, (claim, task) in list(self._alive.items()):
+            began = self._running.get(key)
+            if (
+                began is not None
+                and claim.prompt.kind is Kind.TRAIN
+                and began.epoch == policy.epoch
+                and began.version < policy.min_useful
+            ):
+                why = f"begun at version {began.version}, useful from {policy.min_useful}"
+                log.info("episode hopeless", group=claim.prompt.group, index=claim.index, why=why)
+                task.cancel()
+                self._free(claim)
+                self._track(claim, self.outboxes[claim.partition].give_up(claim, why))
 
     def _lost(self, partition: int, entry: str) -> None:
         if (held := self._alive.get(f"{partition}/{entry}")) is not None:
@@ -263,7 +288,9 @@ class Worker:
             )
             reader = connect(url, role=f"follow-{self.id}", blocking=True, block_s=2.0)
             readers.append(reader)
-            self.follower = Follower(Board(client, self.keys), reader, self._on_wait)
+            self.follower = Follower(
+                Board(client, self.keys), reader, self._on_wait, self._cancel_hopeless
+            )
             return await self._work(client, url, readers)
         finally:
             await health.stop()
@@ -406,15 +433,23 @@ class Worker:
         try:
             async with asyncio.timeout(LAST_WORDS_S):
                 await self._hand_back()
-                if pulse is not None:
-                    await pulse.take_down(self.id)
         except (TimeoutError, RollfleetError) as exc:
             log.error(
                 "could not hand back: leases will lapse", left=len(self._alive), error=str(exc)
             )
             code = code or UNDELIVERED
+        if pulse is not None:
+            await self._take_down(pulse)
         log.info("worker stopped", code=code, **self._counts)
         return code
+
+    async def _take_down(self, pulse: Pulse) -> None:
+        """Remove the card; one that stays while Redis is away is swept by the other workers."""
+        try:
+            async with asyncio.timeout(1.0):
+                await pulse.take_down(self.id)
+        except (TimeoutError, RedisError, OSError) as exc:
+            log.warning("could not take the card down", error=str(exc))
 
     async def _hand_back(self) -> None:
         """Give what is left to the other workers."""

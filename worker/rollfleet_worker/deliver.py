@@ -76,6 +76,16 @@ class Outbox:
             self.bytes -= len(outcome.payload)
         self._account(outcome, state)
 
+    async def give_up(self, claim: Claim, why: str) -> None:
+        """End a lease that could only bring what is too stale; returns when Redis knows."""
+        self.metrics.cancelled.inc()
+        await retry(
+            lambda: self.leases.give_up(claim, why),
+            what=f"give up group {claim.prompt.group} #{claim.index}",
+            deadline_s=None,
+            on_wait=self._on_wait,
+        )
+
     async def pump(self) -> None:
         """Deliver for as long as the task lives."""
         await asyncio.gather(*(self._lane() for _ in range(LANES)))

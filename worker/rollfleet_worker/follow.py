@@ -28,7 +28,11 @@ class Follower:
     """What this worker knows of the board."""
 
     def __init__(
-        self, board: Board, reader: Any, on_wait: Callable[[Exception, float], None]
+        self,
+        board: Board,
+        reader: Any,
+        on_wait: Callable[[Exception, float], None],
+        on_change: Callable[[PolicyVersion], None],
     ) -> None:
         self.board = board
         self.reader = reader
@@ -36,6 +40,7 @@ class Follower:
         self.shape: Shape | None = None
         self.opened = asyncio.Event()
         self._on_wait = on_wait
+        self._on_change = on_change
 
     @property
     def paused(self) -> bool:
@@ -63,5 +68,8 @@ class Follower:
             log.info(
                 "following", version=policy.version, epoch=policy.epoch, weights=policy.weights
             )
+        changed = policy != self.policy
         self.policy, self.shape = policy, shape
+        if changed:
+            self._on_change(policy)
         self.opened.set()

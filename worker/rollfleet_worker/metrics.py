@@ -34,6 +34,9 @@ class Metrics:
         self.lost = Counter(
             "rollfleet_leases_lost", "Leases that were no longer ours at renewal.", registry=r
         )
+        self.cancelled = Counter(
+            "rollfleet_cancelled", "Episodes stopped because they had become too stale.", registry=r
+        )
         self.tokens = Counter("rollfleet_tokens", "Tokens in delivered rollouts.", registry=r)
         self.payload_bytes = Counter(
             "rollfleet_payload_bytes", "Bytes of delivered payloads.", registry=r

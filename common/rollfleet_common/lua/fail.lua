@@ -1,8 +1,8 @@
--- A lease ended in failure: park the prompt for its next attempt, or bury it.
+-- A lease ended without a rollout: park the prompt for its next attempt, bury it, or give it up.
 -- KEYS 1 prompts stream  2 delayed  3 parked  4 dead  5 tombstones  6 ledger  7 group
--- ARGV 1 consumer  2 entry  3 delay in ms (-1: no attempts left)  4 record of this failure (one
+-- ARGV 1 consumer  2 entry  3 delay in ms (-1: no attempts left; -2: too stale)  4 record of this failure (one
 --      line of JSON)  5 task  6 position  7 failure kind
--- Returns 1 parked, 2 buried, 0 gone, -1 stolen.
+-- Returns 1 parked, 2 ended, 0 gone, -1 stolen.
 -- A stream or group that is gone (Redis was flushed) holds no leases.
 local function holder(stream, entry)
   local held = redis.pcall('XPENDING', stream, 'workers', entry, entry, 1)
@@ -33,11 +33,16 @@ if tonumber(ARGV[3]) >= 0 then
   redis.call('HINCRBY', KEYS[6], 'retried:' .. ARGV[7], 1)
   where = 'd'
 else
-  redis.call('XADD', KEYS[4], '*', 'g', f.g, 'i', f.i, 'a', f.a, 'k', f.k, 'n', f.n, 'd', f.d, 'e', history, 'why', ARGV[7])
+  local why = ARGV[3] == '-2' and 'stale' or 'dead'
+  if why == 'dead' then redis.call('XADD', KEYS[4], '*', 'g', f.g, 'i', f.i, 'a', f.a, 'k', f.k, 'n', f.n, 'd', f.d, 'e', history, 'why', ARGV[7]) end
   redis.call('XADD', KEYS[5], '*', 'g', f.g, 'i', f.i, 'n', f.n, 'k', f.k, 't', ARGV[5], 'p', ARGV[6],
-    'r', 'dead', 'e', ARGV[4])
-  redis.call('HINCRBY', KEYS[6], 'dead', 1)
-  redis.call('HINCRBY', KEYS[6], 'dead:' .. ARGV[7], 1)
+    'r', why, 'e', ARGV[4])
+  if why == 'dead' then
+    redis.call('HINCRBY', KEYS[6], 'dead', 1)
+    redis.call('HINCRBY', KEYS[6], 'dead:' .. ARGV[7], 1)
+  else
+    redis.call('HINCRBY', KEYS[6], 'dropped:stale', 1)
+  end
   redis.call('HINCRBY', KEYS[6], 'settled:' .. f.k, 1)
   where = 'x'
 end
