@@ -86,7 +86,9 @@ def _row(name: str, did: str, behaviour: Behaviour | None, note: str = "") -> Ro
             server.do(server.fake.start)
         else:
             server.misbehave(None)
-        return back_s(stage)
+        took = back_s(stage)
+        stage.disturb()  # a worker that still waits out its server's backoff is rightly not ready
+        return took
 
     shape = {
         "workflow": "chaos.workflows:Served",

@@ -43,14 +43,13 @@ def replayed(version: int, epoch: int, rollbacks: Sequence[tuple[int, int]]) -> 
     Args:
         version: Of the token, in the epoch that made it.
         epoch: Of the token.
-        rollbacks: (epoch, version it began at), oldest first.
+        rollbacks: (epoch, version it began at) of every epoch.
     """
     if version == NO_VERSION:
         return version
-    for began, at in rollbacks:
-        if began > epoch and version > at:
-            version = at - (version - at)
-    return version
+    # Of several rollbacks since, the deepest counts: there the two histories parted.
+    at = min((at for began, at in rollbacks if began > epoch), default=version)
+    return at - (version - at) if version > at else version
 
 
 def check_shape(

@@ -169,6 +169,9 @@ class Streams:
     async def cancel(self, token: str, prompt: Prompt, reason: str, at_most: int) -> int:
         """Settle up to `at_most` members of a group that were not delivered yet.
 
+        Each gets a tombstone and gives its credit back; a worker that runs one learns it at its
+        next renewal.
+
         Raises:
             SupersededError: Another trainer has opened the run.
         """

@@ -34,14 +34,16 @@ from rollfleet_common.board import Board
 from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.ledger import Books, read_books
-from rollfleet_common.messages import NO_VERSION, Rollout
+from rollfleet_common.messages import NO_VERSION, Prompt, Rollout
 from rollfleet_common.redis import connect, retry, safe_url
-from rollfleet_common.staleness import min_useful
 from rollfleet_common.streams import Streams
 
 __all__ = ["AsyncFleet"]
 
 log = structlog.get_logger("rollfleet.trainer")
+
+#: How often deadlines are looked at.
+DEADLINE_S = 1.0
 
 
 class AsyncFleet:
@@ -86,6 +88,8 @@ class AsyncFleet:
         self._tasks: list[asyncio.Task[None]] = []
         self._error: RollfleetError | None = None
         self.line = Line(self._revive)
+        #: Prompts of the groups that are out, oldest first.
+        self._out: dict[str, Prompt] = {}
 
     # ---- opening and closing -----------------------------------------------------------------
 
@@ -116,6 +120,7 @@ class AsyncFleet:
             await self._disconnect()
             raise
         self._spawn(self._keep(), "keep")
+        self._spawn(self._tend(), "tend")
         for partition in range(s.partitions):
             self._spawn(self.consumer.run(partition), f"consume-{partition}")
         log.info(
@@ -157,7 +162,7 @@ class AsyncFleet:
     async def _build(self) -> None:
         """Fence every partition, finish what was half done, and build the parts."""
         s = self.settings
-        useful = min_useful(self.version, s.max_staleness)
+        useful = self.policy.horizon(self.version)
         cursors = [
             await streams.open(self.token, self.epoch, self.version, useful)
             for streams in self.streams
@@ -172,7 +177,9 @@ class AsyncFleet:
             version=lambda: self.version,
             rollbacks=await self.board.rollbacks(),
             settled=self._settled,
-            closed=self._closed,
+            surplus=s.surplus,
+            least=getattr(self.policy, "least", lambda group: group.need),
+            out=self._out,
             line=self.line,
         )
         self.consumer.replay = replay
@@ -197,6 +204,7 @@ class AsyncFleet:
             books=self.books,
             check=self._check,
             line=self.line,
+            out=self._out,
             cursor=max(*cursors, int(self._state.get("position", 0)) - 1, NO_VERSION),
         )
         self.reviver = Reviver(
@@ -204,7 +212,7 @@ class AsyncFleet:
             board=self.board,
             streams=self.streams,
             consumer=self.consumer,
-            out=self.submitter.out,
+            out=self._out,
             max_prompt_bytes=s.max_prompt_bytes,
             partition=self.submitter.partition,
             reopen=self._reopen,
@@ -263,6 +271,16 @@ class AsyncFleet:
                 self.line.suspect = False
                 await self.line(self.reviver.reconcile, "look for what an outage lost")
 
+    async def _tend(self) -> None:
+        """Close groups that are past their deadline."""
+        while True:
+            await asyncio.sleep(DEADLINE_S)
+            now_ms = time.time() * 1000
+            late = [p.group for p in self._out.values() if 0 < p.deadline_ms < now_ms]
+            for group in late:
+                log.info("deadline passed", group=group)
+                await self.consumer.cancel(group, "deadline")
+
     async def _revive(self) -> bool:
         return await self.reviver.revive()
 
@@ -284,7 +302,7 @@ class AsyncFleet:
         )
         if seized.ok:
             self.epoch = seized.epoch
-            useful = min_useful(self.version, s.max_staleness)
+            useful = self.policy.horizon(self.version)
             for streams in self.streams:
                 await retry(
                     lambda streams=streams: streams.open(  # type: ignore[misc]
@@ -300,11 +318,11 @@ class AsyncFleet:
         if weights is not None:
             self._weights = weights
         fields: dict[str, int | str] = {"version": self.version, "weights": self._weights}
-        fields["published_ms"] = int(time.time() * 1000)
+        useful = self.policy.horizon(self.version)
+        fields |= {"published_ms": int(time.time() * 1000), "min_useful": useful}
         await self.line(
             lambda: self.board.publish(self.token, fields), f"publish version {self.version}"
         )
-        useful = min_useful(self.version, self.settings.max_staleness)
         for streams in self.streams:
             await self.line(
                 lambda streams=streams: streams.advance(self.token, self.version, useful),  # type: ignore[misc]
@@ -314,9 +332,6 @@ class AsyncFleet:
     def _settled(self, samples: int) -> None:
         self.pacer.settled(samples)
         self.submitter.credit.set()
-
-    def _closed(self, group: str) -> None:
-        self.submitter.out.pop(group, None)
 
     def _credit(self) -> None:
         self.pacer.release()

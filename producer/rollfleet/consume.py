@@ -8,7 +8,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import structlog
@@ -18,8 +18,9 @@ from rollfleet.freshness import Policy
 from rollfleet.groups import Group, Groups, Member
 from rollfleet.line import Line
 from rollfleet_common.errors import SupersededError
+from rollfleet_common.keys import partition_of
 from rollfleet_common.leases import quarantine
-from rollfleet_common.messages import Header, Kind
+from rollfleet_common.messages import Header, Kind, Prompt
 from rollfleet_common.redis import is_transient
 from rollfleet_common.staleness import replayed
 from rollfleet_common.streams import Arrivals, Garbage, Streams
@@ -50,7 +51,9 @@ class Consumer:
         version: Callable[[], int],
         rollbacks: Sequence[tuple[int, int]],
         settled: Callable[[int], None],
-        closed: Callable[[str], None],
+        surplus: Callable[[int], int],
+        least: Callable[[Group], int],
+        out: MutableMapping[str, Prompt],
         line: Line,
     ) -> None:
         self.token = token
@@ -60,9 +63,13 @@ class Consumer:
         self.version = version
         self.rollbacks = rollbacks
         self.settled = settled
-        self.closed = closed
+        self.surplus = surplus
+        #: Members without which a group is torn.
+        self.least = least
+        #: Prompts of the groups that are out.
+        self.out = out
         self.line = line
-        self.groups = Groups()
+        self.groups = Groups(surplus)
         #: Closed groups that may be trained on, for train and eval.
         self.ready: dict[str, Group] = {}
         self.evals: dict[str, Group] = {}
@@ -78,6 +85,8 @@ class Consumer:
         self.reserved: set[str] = set()
         #: Of these, the ones that were dropped.
         self.given_up: set[str] = set()
+        #: Groups that are closed, youngest last: what still comes of them is surplus.
+        self.over: dict[str, None] = {}
         self.drops: dict[str, int] = {}
         self._held: list[set[str]] = [set() for _ in streams]
         self._tombs: list[set[str]] = [set() for _ in streams]
@@ -129,46 +138,94 @@ class Consumer:
 
     async def _take_in(self, partition: int, arrivals: Arrivals) -> None:
         """Sort what a read brought; what was seen before changes nothing."""
-        closed, duplicates = self._take_headers(partition, arrivals)
-        for entry, tombstone in arrivals.tombstones:
-            if entry in self._tombs[partition]:
-                continue
-            self._tombs[partition].add(entry)
-            if tombstone.kind is Kind.TRAIN:
-                self.settled(1)
-            if (group := self.groups.bury(partition, entry, tombstone)) is not None:
-                closed.append(group)
+        closed, useless = self._take_headers(partition, arrivals)
+        buried, late = self._take_tombstones(partition, arrivals)
+        closed += buried
         await self._quarantine(partition, arrivals)
-        if duplicates:
-            await self._settle(partition, "drop:duplicate", duplicates)
+        for reason, rollouts in useless.items():
+            await self._settle(partition, f"drop:{reason}", rollouts)
+        if late:
+            await self._settle(partition, "drop:surplus", [], tombstones=late)
         for group in closed:
+            self.over[group.name] = None
             await self._judge(group)
-        if closed or duplicates:
+        await self._cancel_doomed(partition, arrivals, closed)
+        for old in list(self.over)[: max(len(self.over) - RECENT, 0)]:
+            del self.over[old]
+        if closed or useless:
             self.news.set()
 
     def _take_headers(
         self, partition: int, arrivals: Arrivals
-    ) -> tuple[list[Group], list[tuple[str, Kind, str]]]:
-        """Groups that these rollouts closed, and the rollouts that we had already."""
+    ) -> tuple[list[Group], dict[str, list[tuple[str, Kind, str]]]]:
+        """Groups that these rollouts closed, and the rollouts that nobody needs, by reason."""
         closed: list[Group] = []
-        duplicates: list[tuple[str, Kind, str]] = []
+        useless: dict[str, list[tuple[str, Kind, str]]] = {}
         for entry, header in arrivals.headers:
             if entry in self._held[partition]:
                 continue
+            reason = ""
             if (header.group, header.index) in self.recent or self._known(header):
-                duplicates.append((entry, header.kind, header.payload))
+                reason = "duplicate"
+            elif header.group in self.over:
+                reason = "surplus"
+            if reason:
+                useless.setdefault(reason, []).append((entry, header.kind, header.payload))
                 continue
             # Past a rollback newer versions are further away: both ends of the span are looked at.
             ends = (header.min_version, header.max_version)
             oldest = min(replayed(v, header.epoch, self.rollbacks) for v in ends)
             group, twice = self.groups.arrive(partition, Member(entry, header, oldest))
             if twice:
-                duplicates.append((entry, header.kind, header.payload))
+                rollout = (entry, header.kind, header.payload)
+                useless.setdefault("duplicate", []).append(rollout)
                 continue
             self._held[partition].add(entry)
             if group is not None:
                 closed.append(group)
-        return closed, duplicates
+        return closed, useless
+
+    def _take_tombstones(self, partition: int, arrivals: Arrivals) -> tuple[list[Group], list[str]]:
+        """Groups that these tombstones closed, and those that came after their group closed."""
+        closed: list[Group] = []
+        late: list[str] = []
+        for entry, tombstone in arrivals.tombstones:
+            if entry in self._tombs[partition]:
+                continue
+            if tombstone.kind is Kind.TRAIN:
+                self.settled(1)
+            if tombstone.group in self.over:
+                late.append(entry)
+                continue
+            self._tombs[partition].add(entry)
+            if (group := self.groups.bury(partition, entry, tombstone)) is not None:
+                closed.append(group)
+        return closed, late
+
+    async def _cancel_doomed(
+        self, partition: int, arrivals: Arrivals, closed: Sequence[Group]
+    ) -> None:
+        """Cancel what is still out of groups that need no more, or cannot become whole any more.
+
+        It saves work; what slips through is dropped when it arrives.
+        """
+        needless = [(group, "surplus") for group in closed if group.n > group.arrived]
+        touched = {tombstone.group for _, tombstone in arrivals.tombstones}
+        for group in (g for name in touched if (g := self.groups.open.get(name)) is not None):
+            could_be = group.n - len(group.tombstones)
+            if group.kind is Kind.TRAIN and could_be < self.least(group):
+                needless.append((group, "torn"))
+        for group, reason in needless:
+            await self.cancel(group.name, reason)
+
+    async def cancel(self, name: str, reason: str) -> None:
+        """Settle all of a group that was not delivered yet."""
+        prompt = self.out.get(name)
+        if prompt is not None:  # else it was submitted by an earlier trainer: it runs to its end
+            streams = self.streams[partition_of(name, len(self.streams))]
+            await self.line(
+                lambda: streams.cancel(self.token, prompt, reason, prompt.n), f"cancel group {name}"
+            )
 
     def _known(self, header: Header) -> bool:
         """Whether a closed group holds this sample already."""
@@ -193,7 +250,7 @@ class Consumer:
         if group.kind is Kind.EVAL:
             self.evals[group.name] = group
         elif not group.members:
-            await self.drop([group], "dead")
+            await self.drop([group], max(group.reasons, key=group.reasons.count))
         elif (reason := self.policy.judge(group, self.version())) is None or reason == "future":
             self.ready[group.name] = group  # the future may come: judged again at hand-over
         else:
@@ -238,7 +295,7 @@ class Consumer:
             self.given_up |= {group.name for group in here} & self.reserved
             for group in here:
                 self.ready.pop(group.name, None)
-                self.closed(group.name)
+                self.out.pop(group.name, None)
                 log.info(
                     "group dropped",
                     group=group.name,
@@ -264,8 +321,8 @@ class Consumer:
 
     def reset(self) -> None:
         """Redis lost the run: forget what was read of it, but not what was handed over."""
-        self.groups = Groups()
-        for place in (self.ready, self.evals, self.replay):
+        self.groups = Groups(self.surplus)
+        for place in (self.ready, self.evals, self.replay, self.over):
             place.clear()
         for entries in (*self._held, *self._tombs):
             entries.clear()
@@ -274,12 +331,12 @@ class Consumer:
         """These groups leave in a batch."""
         for group in groups:
             self.handed[group.name] = self.ready.pop(group.name)
-            self.closed(group.name)
+            self.out.pop(group.name, None)
 
     async def finish(self, groups: Sequence[Group]) -> None:
         """Evaluations that were read to the end are freed."""
         for group in groups:
-            self.closed(group.name)
+            self.out.pop(group.name, None)
             rollouts = [(m.entry, m.header.kind, m.header.payload) for m in group.members.values()]
             await self._settle(group.partition, "commit", rollouts, [group])
 
@@ -303,11 +360,13 @@ class Consumer:
         verb: str,
         rollouts: Sequence[tuple[str, Kind, str]],
         groups: Sequence[Group] = (),
+        tombstones: Sequence[str] = (),
     ) -> None:
-        tombstones = [entry for group in groups for entry, _ in group.tombstones.values()]
+        entries = [*tombstones]
+        entries += [entry for group in groups for entry, _ in group.tombstones.values()]
         await self.line(
             lambda: self.streams[partition].settle(
-                self.token, verb, rollouts, [group.name for group in groups], tombstones
+                self.token, verb, rollouts, [group.name for group in groups], entries
             ),
             f"{verb} {len(rollouts)} rollouts",
         )

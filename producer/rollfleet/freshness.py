@@ -103,7 +103,7 @@ class BasePolicy:
 
     def least(self, group: Group) -> int:
         """Members without which a group is torn."""
-        return max(_least(group.n, self.min_group_size), 1)
+        return max(_least(group.need, self.min_group_size), 1)
 
 
 class StandardPPO(BasePolicy):

@@ -6,6 +6,7 @@
 - Headers only: nothing here touches a payload.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rollfleet_common.messages import Header, Kind, Tombstone
@@ -37,16 +38,28 @@ class Group:
     members: dict[int, Member] = field(default_factory=dict)
     #: Stream entry and tombstone by index.
     tombstones: dict[int, tuple[str, Tombstone]] = field(default_factory=dict)
+    #: Of the n, those that were launched to be cancelled when the others are there.
+    surplus: int = 0
+
+    @property
+    def need(self) -> int:
+        """Members that make it whole."""
+        return self.n - self.surplus
+
+    @property
+    def arrived(self) -> int:
+        """Samples that have come or been given up."""
+        return len(self.members.keys() | self.tombstones.keys())
 
     @property
     def closed(self) -> bool:
-        """Whether every sample has come or been given up."""
-        return len(self.members) + len(self.tombstones) >= self.n
+        """Whether it is whole, or every sample has come or been given up."""
+        return self.whole or self.arrived >= self.n
 
     @property
     def whole(self) -> bool:
-        """Whether every sample has come."""
-        return len(self.members) >= self.n
+        """Whether every sample that is needed has come."""
+        return len(self.members) >= self.need
 
     @property
     def oldest(self) -> int:
@@ -61,41 +74,51 @@ class Group:
     @property
     def reasons(self) -> list[str]:
         """Why samples are missing."""
-        return [tombstone.reason for _, tombstone in self.tombstones.values()]
+        return [t.reason for index, (_, t) in self.tombstones.items() if index not in self.members]
 
 
 class Groups:
     """The groups of one run that are not closed yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, surplus: Callable[[int], int] = lambda n: 0) -> None:  # noqa: ARG005 - the signature's
         self.open: dict[str, Group] = {}
+        #: Members of a group of n that were launched to be cancelled when the others are there.
+        self.surplus = surplus
         self._seq = 0
 
     def arrive(self, partition: int, member: Member) -> tuple[Group | None, bool]:
         """A rollout came: the group if that closed it, and whether the rollout is a duplicate."""
         h = member.header
-        group = self._group(h.group, h.n, h.kind, h.task, partition)
-        if h.index in group.members or not 0 <= h.index < group.n:
+        if not self._fits(h.group, h.index, h.n):
             return None, True
-        # A rollout after a tombstone (Redis lost the tombstone's cause) still is a whole sample.
+        group = self._group(h.group, h.n, h.kind, h.task, partition)
+        if h.index in group.members:
+            return None, True
+        # Beside a tombstone (Redis lost what caused it) this still is a whole sample. The tombstone
+        # stays, so that it is settled with the group.
         group.members[h.index] = member
-        group.tombstones.pop(h.index, None)
         return self._close(group), False
 
     def bury(self, partition: int, entry: str, tombstone: Tombstone) -> Group | None:
         """A sample will never come: the group if that closed it."""
         t = tombstone
+        if not self._fits(t.group, t.index, t.n):
+            return None
         group = self._group(t.group, t.n, t.kind, t.task, partition)
         group.tombstones.setdefault(t.index, (entry, t))
-        if t.index in group.members:
-            del group.tombstones[t.index]
         return self._close(group)
+
+    def _fits(self, name: str, index: int, n: int) -> bool:
+        """Whether a group has such a member: one that it has not would never let it close."""
+        group = self.open.get(name)
+        return 0 <= index < (n if group is None else group.n)
 
     def _group(self, name: str, n: int, kind: Kind, task: str, partition: int) -> Group:
         group = self.open.get(name)
         if group is None:
             self._seq += 1
             group = self.open[name] = Group(name, n, kind, task, partition, self._seq)
+            group.surplus = self.surplus(n) if kind is Kind.TRAIN else 0
         return group
 
     def _close(self, group: Group) -> Group | None:

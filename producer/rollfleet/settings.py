@@ -29,6 +29,12 @@ class TrainerSettings(Settings):
         None, description="Samples of one batch; samples_per_version if not given."
     )
     group_size: int = Field(8, description="Samples of one prompt (GRPO).")
+    oversample: int = Field(
+        0,
+        ge=0,
+        description="Samples launched beyond group_size; the first group_size are taken and the "
+        "rest cancelled. It favours short rollouts.",
+    )
     max_staleness: int = Field(
         2, description="Versions that a sample's oldest trained token may be behind at hand-over."
     )
@@ -71,6 +77,15 @@ class TrainerSettings(Settings):
     def depth(self) -> int:
         """`pipeline_depth`, or what it is when not given."""
         return self.max_staleness if self.pipeline_depth is None else self.pipeline_depth
+
+    @property
+    def launched(self) -> int:
+        """Samples launched for one prompt."""
+        return self.group_size + self.oversample
+
+    def surplus(self, n: int) -> int:
+        """Of n launched samples of a group, those that are not needed."""
+        return self.oversample if n == self.launched else 0
 
     @property
     def batch(self) -> int:

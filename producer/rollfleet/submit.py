@@ -7,7 +7,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class Submitter:
         books: Reads the ledger.
         check: Raises whatever failed in the background.
         line: To Redis.
+        out: Takes the prompts of the groups that are out, in case Redis forgets them.
         cursor: Position of the last prompt that was fed before; -1 if none was.
     """
 
@@ -57,6 +58,7 @@ class Submitter:
         books: Callable[[], Awaitable[Books]],
         check: Callable[[], None],
         line: Line,
+        out: MutableMapping[str, Prompt],
         cursor: int,
     ) -> None:
         self.token = token
@@ -68,8 +70,7 @@ class Submitter:
         self.check = check
         self.line = line
         self.cursor = cursor
-        #: Prompts of the groups that are out, oldest first, in case Redis forgets them.
-        self.out: dict[str, Prompt] = {}
+        self.out = out
         #: Set whenever credit may have come back.
         self.credit = asyncio.Event()
         self.feeder: Feeder | None = None
@@ -93,7 +94,7 @@ class Submitter:
         if skip:
             log.info("resuming the feed", skip=skip)
         self.fed = False
-        self.feeder = Feeder(source, skip, self.settings.group_size, asyncio.get_running_loop())
+        self.feeder = Feeder(source, skip, self.settings.launched, asyncio.get_running_loop())
         self.feeder.start()
 
     async def feed(self) -> None:
@@ -130,10 +131,10 @@ class Submitter:
         """
         self.check()
         group = name or self.name()
-        prompt = to_prompt(item, group=group, group_size=self.settings.group_size)
+        prompt = to_prompt(item, group=group, group_size=self.settings.launched)
         if kind is not None:
-            prompt = replace(prompt, kind=kind)
-        if prompt.kind is Kind.TRAIN:
+            prompt = replace(prompt, kind=kind, n=self.settings.group_size)
+        if prompt.kind is Kind.TRAIN or kind is None:
             self._fits(prompt)
             await self._room(prompt.n)
         await self._submit([Submission(group, prompt)])
@@ -144,6 +145,11 @@ class Submitter:
         self.pacer.outstanding = (await self.books()).outstanding
 
     def _fits(self, prompt: Prompt) -> None:
+        if prompt.kind is Kind.EVAL:
+            raise InvalidPromptError(
+                f"prompt of group {prompt.group} is an evaluation; use evaluate(), which waits for "
+                "its rollouts: batches are for training"
+            )
         s = self.settings
         room = (s.depth + 1) * s.samples_per_version
         if prompt.n > room:

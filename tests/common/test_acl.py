@@ -266,6 +266,7 @@ READER = [
     ("EVAL", "return redis.call('SET', KEYS[1], 'x')", "1", "rf:{mine}:trainer"),
 ]
 READONLY = [
+    ("SADD", "rf:{mine/0}:routes", "x"),
     ("XDEL", "rf:{mine/0}:dead", "1-1"),
     ("XADD", "rf:{mine/0}:prompts:default", "*", "d", "x"),
     ("HINCRBY", "rf:{mine/0}:ledger", "committed", "1"),

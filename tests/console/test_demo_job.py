@@ -373,7 +373,12 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
             demo(tmp_path / "demo", "--steps", "1000"), stdout=out, stderr=subprocess.STDOUT
         ) as process,
     ):
-        wait_until(lambda: "step    1/1000" in log.read_text(), "the first step", 90)
+        wait_until(
+            lambda: process.poll() is not None or "step    1/1000" in log.read_text(),
+            "the first step",
+            90,
+        )
+        assert process.poll() is None, log.read_text()
         below = children(process.pid)
         # Redis, the inference server, two workers.
         assert len(below) == 4
@@ -381,6 +386,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         assert process.wait(30) == 130
     assert "Traceback" not in log.read_text()
     assert not {pid for pid in below if Path(f"/proc/{pid}").exists()}
+    assert not list((tmp_path / "demo").iterdir())
 
 
 def test_what_the_job_changes_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

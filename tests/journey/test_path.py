@@ -11,6 +11,7 @@ import pytest
 import rollfleet
 import torch
 from fixtures.fleet_processes import Processes, lines
+from rollfleet.freshness import BasePolicy
 from support import wait_until, wait_until_async
 from torch.utils.data import DataLoader
 
@@ -288,12 +289,12 @@ def test_what_should_accept_rejects_is_refilled(redis_url: str, processes: Proce
 
 
 def test_a_policy_of_ones_own(redis_url: str, processes: Processes) -> None:
-    class OnlyFirst:
+    class OnlyTwo(BasePolicy):
         def judge(self, group: rollfleet.Group, current: int) -> str | None:
             return None if group.name in ("p0", "p3") else "unwanted"
 
     processes.worker(redis_url, "policy")
-    with rollfleet.connect(redis_url, run="policy", policy=OnlyFirst(), **SHAPE) as fleet:
+    with rollfleet.connect(redis_url, run="policy", policy=OnlyTwo(), **SHAPE) as fleet:
         fleet.feed(prompts(5))
         (batch,) = list(fleet.batches())
         assert {g.name for g in batch.groups} == {"p0", "p3"}

@@ -331,7 +331,9 @@ class Worker:
         pulse: Pulse | None = None
         try:
             await _first(follower.opened.wait(), self._stopping.wait(), following)
-            if follower.shape is not None and not self._stopping.is_set():
+            if following.done():  # before the run was opened: no board can be read
+                failed = await self._watch(tasks)
+            elif follower.shape is not None and not self._stopping.is_set():
                 pulse = self._build(client, url, readers, follower.shape.partitions)
                 await pulse.show_once()
                 tasks += [

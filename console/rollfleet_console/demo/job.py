@@ -44,7 +44,7 @@ WARM_STEPS = 18
 #: Steps over which the reward is averaged to say that it has reached a target.
 SMOOTH_STEPS = 10
 #: Longest wait for a batch before it is said that something is wrong; steps take a fraction of one.
-STARVE_S = 60.0
+STARVE_S = 30.0
 #: Of the examples of the warm start, so that they are not the prompts of the training.
 WARM_SEED = 1_000_003
 
@@ -90,24 +90,25 @@ def main(given: Mapping[str, Any]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.out.absolute()))
     screen = Screen(options.steps)
-    fine = False
+    clean = False
     try:
         with _alone(folder), screen:
-            outcome = _run(options, folder, screen)
-            screen.say("holding the logs against each other")
-            report = make_report(outcome)
+            report = make_report(_run(options, folder, screen))
         path = options.report or options.out / "report.json"
         write(report, path)
         draw(report, options.out / "learning.png")
         wrong = problems(report)
         screen.summary(report, wrong, [path, options.out / "learning.png"])
-        fine = not wrong
-        return 0 if fine else 1
+        clean = not wrong
+    except KeyboardInterrupt:
+        clean = True  # nothing went wrong, so there is nothing to look for
+        raise
     finally:
-        if options.keep or not fine:
+        if options.keep or not clean:
             screen.say(f"logs and weights: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    return 0 if clean else 1
 
 
 def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
@@ -147,13 +148,15 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
         books = fleet.books()
         screen.books(books)
         log.flush()
+        screen.say("holding the logs against each other")
+        found = audit(read_trained(folder / "trained.jsonl"), read_made(processes.token_log))
         return Outcome(
             seed=options.seed,
             workers=options.workers,
             staleness_bound=options.max_staleness,
             steps=loop.steps,
             books=books,
-            audit=audit(read_trained(folder / "trained.jsonl"), read_made(processes.token_log)),
+            audit=found,
             kills=loop.killer.kills,
             exit_codes=dict(processes.exit_codes),
             redis=_redis_name(fleet.redis_url),
