@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 from fixtures.fleet_processes import Processes
-from support import wait_until
+from support import wait_until, wait_until_async
 
 import rollfleet
+from rollfleet_common.errors import FailureKind
+from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.redis import connect
+from rollfleet_common.streams import Streams
 
 SHAPE: dict[str, Any] = {
     "samples_per_version": 8,
@@ -51,17 +56,23 @@ def test_of_more_than_needed_the_first_are_taken_and_the_rest_cancelled(
 
 
 @pytest.mark.leaves_keys("dead letters", "rf:*:dead")
-def test_a_group_that_cannot_become_whole_is_cancelled(
-    redis_url: str, processes: Processes, tmp_path: Path
-) -> None:
-    processes.worker(redis_url, "torn", "Actor", lease_s=1, attempts_data=1)
-    with rollfleet.connect(redis_url, run="torn", **SHAPE) as fleet:
-        fleet.submit(stuck(tmp_path / "never", n=2))
-        wait_until(lambda: fleet.books().in_flight == 2, "both run")
-        fleet.submit({"token_ids": [1], "act": "raise", "index": 0, "n": 3, "gate": "/never"})
-        wait_until(lambda: fleet.books().dead == 1, "one died")
-        # Its two siblings had answered at once: dropped as torn, without waiting for anything.
-        wait_until(lambda: fleet.books().dropped == {"torn": 2}, "the whole group is given up")
+async def test_a_group_that_cannot_become_whole_is_cancelled(redis_url: str) -> None:
+    settings = rollfleet.TrainerSettings(redis_url=redis_url, run="torn", **SHAPE)
+    client = connect(redis_url, role="test")
+    keys = PartitionKeys("torn", 0)
+    streams, leases = Streams(client, keys), Leases(client, keys, "w")
+    async with client, rollfleet.AsyncFleet(settings) as fleet:
+        await fleet.submit({"token_ids": [1], "n": 3})
+        await streams.make_groups(["default"])
+        (claim,), _ = await streams.claim(client, "w", ["default"], 1, None)
+        assert await leases.fail(claim, Failure(FailureKind.DATA, "no use", "w"), None)
+
+        async def over() -> bool:
+            books = await fleet.books()
+            return (books.dead, books.dropped, books.waiting) == (1, {"torn": 2}, 0)
+
+        await wait_until_async(over, "the siblings that wait are cancelled")
+        assert (await fleet.books()).balance == 0
 
 
 @pytest.mark.leaves_keys("no worker takes the other group")
