@@ -66,6 +66,9 @@ class Model:
     def all(self) -> Iterable[Sample]:
         return (sample for group in self.groups.values() for sample in group.samples)
 
+    def unsettled(self) -> Iterable[Sample]:
+        return (s for s in self.all() if s.place in (*OPEN, *DELIVERED))
+
     def count(self, place: str) -> int:
         return sum(sample.place == place for sample in self.all())
 

@@ -172,6 +172,10 @@ def _options(
             for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
             if hasattr(socket, name)
         }
+    given = dict(query)
+    if parts.scheme == "rediss" and given.get("ssl_cert_reqs") != "none":
+        # Before 6.0 redis-py takes a trusted certificate of any host, unless it is told.
+        options["ssl_check_hostname"] = True
     credentials = {
         "username": unquote(username) if username else None,
         "password": unquote(password) if password else None,

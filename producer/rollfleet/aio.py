@@ -37,6 +37,7 @@ from rollfleet_common.ledger import Books, read_books
 from rollfleet_common.messages import NO_VERSION, Prompt, Rollout
 from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.streams import Streams
+from rollfleet_common.tasks import cancel_all
 
 __all__ = ["AsyncFleet"]
 
@@ -143,9 +144,7 @@ class AsyncFleet:
         """Let go of the run. Prompts and rollouts stay for the next trainer. Idempotent."""
         if self.submitter.feeder is not None:
             self.submitter.feeder.stop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
         self._tasks.clear()
         await self._disconnect()
 

@@ -27,6 +27,7 @@ from rollfleet.groups import Groups, Member
 from rollfleet.groups import Group as Gathered
 from rollfleet.recover import Plan, recover
 from rollfleet_common.board import Board
+from rollfleet_common.codec import decode_header
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.leases import Leases
@@ -37,7 +38,7 @@ from rollfleet_common.streams import Arrivals, Streams, Submission
 
 T = TypeVar("T")
 
-EXAMPLES = int(os.environ.get("ROLLFLEET_TEST_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("ROLLFLEET_TEST_EXAMPLES", "80"))
 #: A failure is made small only where there is time for it.
 PHASES = [Phase.generate, *([Phase.shrink] if "ROLLFLEET_TEST_EXAMPLES" in os.environ else [])]
 STEPS = 45
@@ -48,6 +49,7 @@ LEASE_MS = 600_000
 workers = st.sampled_from(WORKERS)
 picks = st.integers(0, 10_000)
 counts = st.integers(1, 6)
+groups = st.tuples(st.integers(1, 4), st.sampled_from(["train", "train", "eval"]))
 
 
 class History(RuleBasedStateMachine):
@@ -85,11 +87,12 @@ class History(RuleBasedStateMachine):
         #: Batches that are handed out or trained, by number.
         self.open: dict[int, tuple[str, list[Gathered]]] = {}
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(sizes=st.lists(groups, min_size=3, max_size=6))
+    def begin(self, sizes: list[tuple[int, str]]) -> None:
         self.do(self.client.flushdb())
         self.do(self._open(-1))
         self.do(self.streams.make_groups(["default"]))
+        self.submit(sizes, fed=True, limit=-1)
 
     async def _open(self, version: int) -> None:
         seized = await self.board.seize(
@@ -105,7 +108,7 @@ class History(RuleBasedStateMachine):
     # ---- submit ------------------------------------------------------------------------------
 
     @rule(
-        sizes=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["train", "eval"])), max_size=3),
+        sizes=st.lists(groups, min_size=1, max_size=4),
         fed=st.booleans(),
         limit=st.sampled_from([-1, 4, 8, 20]),
     )
@@ -117,14 +120,12 @@ class History(RuleBasedStateMachine):
         ]
         self._submit(rows, limit)
 
-    @precondition(lambda self: self.submitted)
+    @precondition(lambda self: len(self.submitted) % 3 == 0)
     @rule(pick=picks, limit=st.sampled_from([-1, 0]))
     def submit_again(self, pick: int, limit: int) -> None:
         self._submit([self.submitted[pick % len(self.submitted)]], limit)
 
     def _submit(self, rows: list[tuple[str, int, str, int]], limit: int) -> None:
-        if not rows:
-            return
         prompts = [
             Submission(name, prompt_of(name, n, kind=Kind(kind), position=position))
             for name, n, kind, position in rows
@@ -136,6 +137,7 @@ class History(RuleBasedStateMachine):
 
     # ---- workers -----------------------------------------------------------------------------
 
+    @precondition(lambda self: self.model.waiting)
     @rule(worker=workers, count=counts)
     def claim(self, worker: str, count: int) -> None:
         claims, garbage = self.do(
@@ -182,11 +184,13 @@ class History(RuleBasedStateMachine):
         return st.sampled_from([worker for worker in WORKERS if self.held[worker]])
 
     @precondition(lambda self: self.model.waiting)
-    @rule(worker=workers, count=st.integers(4, 12))
+    @rule(worker=workers, count=st.integers(4, 30))
     def work(self, worker: str, count: int) -> None:
         """What mostly happens: prompts are claimed, answered, and read by the trainer."""
+        before = len(self.held[worker])
         self.claim(worker, count)
-        taken, self.held[worker] = self.held[worker], []
+        taken = self.held[worker][before:]
+        del self.held[worker][before:]
         version = self.model.version
         for claim, ticket, epoch in taken:
             key = (claim.prompt.group, claim.index)
@@ -208,6 +212,7 @@ class History(RuleBasedStateMachine):
         if lost:
             assert not self.do(leases.fail(claim, INFRA, delay_ms))
 
+    @precondition(lambda self: self.model.delayed())
     @rule(worker=workers, count=counts, time_passes=st.booleans())
     def promote(self, worker: str, count: int, time_passes: bool) -> None:
         self.do(self._promote(worker, count, time_passes))
@@ -228,9 +233,11 @@ class History(RuleBasedStateMachine):
         assert set(keys) <= before
         self.model.promote(keys)
 
-    @rule(worker=workers, victim=workers, count=counts, dead=st.booleans())
-    def reclaim(self, worker: str, victim: str, count: int, dead: bool) -> None:
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data(), worker=workers, count=counts, dead=st.booleans())
+    def reclaim(self, data: st.DataObject, worker: str, count: int, dead: bool) -> None:
         """A worker died, or was frozen past its lease (then it still believes that it holds)."""
+        victim = data.draw(self._busy())
         if dead and victim != worker:
             self.held[victim].clear()
         self.do(self._reclaim(worker, [victim], count))
@@ -273,8 +280,10 @@ class History(RuleBasedStateMachine):
         if lost:
             assert self.do(leases.hand_back("default", entries)) == 0
 
-    @rule(worker=workers)
-    def renew(self, worker: str) -> None:
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        worker = data.draw(self._busy())
         held = self.held[worker]
         leases = Leases(self.client, self.part, worker)
         lost = self.do(leases.renew("default", [claim.entry for claim, _, _ in held]))
@@ -287,6 +296,7 @@ class History(RuleBasedStateMachine):
 
     # ---- the trainer -------------------------------------------------------------------------
 
+    @precondition(lambda self: self.model.unread or self.model.unread_stones)
     @rule(count=st.integers(1, 20))
     def consume(self, count: int) -> None:
         arrivals = self.do(self.streams.consume(self.client, self.token, count, None))
@@ -380,15 +390,16 @@ class History(RuleBasedStateMachine):
             assert done == expected
         self.model.close([group.name], f"dropped:{reason}")
 
-    @precondition(lambda self: self.model.groups)
-    @rule(pick=picks, at_most=st.integers(1, 4))
+    @precondition(lambda self: any(self.model.unsettled()))
+    @rule(pick=picks, at_most=st.integers(1, 2))
     def cancel(self, pick: int, at_most: int) -> None:
-        names = sorted(self.model.groups)
+        names = sorted({sample.group for sample in self.model.unsettled()})
         group = self.model.groups[names[pick % len(names)]]
         prompt = prompt_of(group.name, group.n, kind=Kind(group.kind), position=group.position)
         settled = self.do(self.streams.cancel(self.token, prompt, "surplus", at_most))
         assert settled == self.model.cancel(group.name, "surplus", at_most)
 
+    @precondition(lambda self: self.model.version < len(self.model.groups) // 2)
     @rule()
     def publish(self) -> None:
         self.model.version += 1
@@ -396,6 +407,7 @@ class History(RuleBasedStateMachine):
         self.do(self.board.publish(self.token, {"version": self.model.version}))
         self.do(self.streams.advance(self.token, self.model.version, self.model.min_useful))
 
+    @precondition(lambda self: self.lives < 6 and any(self.model.unsettled()))
     @rule(
         back=st.integers(0, 2),
         checkpointed=st.booleans(),
@@ -453,9 +465,9 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def the_books_agree(self) -> None:
-        if self.lives == 1 and not self.model.groups:
+        if not self.model.groups:
             return
-        books, records = self.do(self._read())
+        books, records, entries = self.do(self._read())
         m = self.model
         assert books.balance == 0
         assert {
@@ -480,21 +492,34 @@ class History(RuleBasedStateMachine):
             "tombstones": len(m.unread_stones) + len(m.stones),
         }
         for group, record in zip(m.groups.values(), records, strict=True):
-            places = {int(k): v[:1].decode() for k, v in record.items() if k.isdigit()}
-            assert places == ({} if group.closed else m.record(group)), group
+            places = {int(k): v.decode() for k, v in record.items() if k.isdigit()}
+            letters = {index: place[:1] for index, place in places.items()}
+            assert letters == ({} if group.closed else m.record(group)), group
+            for index, place in places.items():
+                if place[0] in "pr":
+                    assert entries[place] == (group.name, index)
 
-    async def _read(self) -> tuple[Books, list[dict[bytes, bytes]]]:
+    async def _read(self) -> tuple[Books, list[dict[bytes, bytes]], dict[str, tuple[str, int]]]:
+        """The books, every group's record, and what stands at every place that it may name."""
         books = await read_books(self.client, [self.part])
         pipe = self.client.pipeline(transaction=False)
+        pipe.xrange(self.part.prompts("default"))
+        pipe.xrange(self.part.rollouts)
         for name in self.model.groups:
             pipe.hgetall(self.part.group(name))
-        return books, await pipe.execute()
+        prompts, rollouts, *records = await pipe.execute()
+        entries = {f"p{e.decode()}": (f[b"g"].decode(), int(f[b"i"])) for e, f in prompts}
+        for entry, fields in rollouts:
+            header = decode_header(fields[b"h"])
+            entries[f"r{entry.decode()}"] = (header.group, header.index)
+        assert len(set(entries.values())) == len(entries), "a sample is in two places"
+        return books, records, entries
 
     # ---- progress ----------------------------------------------------------------------------
 
     def teardown(self) -> None:
         try:
-            if self.model.groups:
+            if self.model.groups:  # it did begin
                 self.do(self._drain())
                 self.do(self._is_empty())
         finally:

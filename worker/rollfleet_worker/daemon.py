@@ -31,6 +31,7 @@ from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.messages import Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
 from rollfleet_common.streams import Streams
+from rollfleet_common.tasks import cancel_all
 from rollfleet_worker.claim import BLOCK_MS, Claimer
 from rollfleet_worker.deliver import Outbox
 from rollfleet_worker.episode import Episodes
@@ -351,9 +352,7 @@ class Worker:
                 failed = await self._watch([*tasks, *claiming])
             return await self._drain(claiming, pulse, failed)
         finally:
-            for task in (*tasks, *claiming):
-                task.cancel()
-            await asyncio.gather(*tasks, *claiming, return_exceptions=True)
+            await cancel_all([*tasks, *claiming])
 
     def _build(self, client: Any, url: str, readers: list[Any], partitions: int) -> Pulse:
         self.claimers: list[Claimer] = []
