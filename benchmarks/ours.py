@@ -80,7 +80,7 @@ class Ours:
             raise RuntimeError(f"the run does not balance (worker ended with {code}): {books}")
 
     async def round(self, n: int) -> float:
-        """Push `n` tasks through; returns seconds."""
+        """Push `n` tasks, a multiple of the group size, through; returns seconds."""
         began = time.perf_counter()
         self._rounds.put(n // self._n)
         left = n

@@ -13,7 +13,6 @@ import math
 import os
 import statistics
 import sys
-from contextlib import AsyncExitStack
 from typing import Any
 
 import structlog
@@ -55,27 +54,25 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         await client.aclose()
         product = "Valkey" if said.is_valkey else "Redis"
         report["server"] = f"{product} {said.product_version}, appendonly {args.aof}"
-        async with AsyncExitStack() as stack:
-            sides: dict[str, Floor | Ours] = {}
-            for batch in FLOOR_BATCHES:
-                floor = Floor(server.url, batch, args.prompt_bytes, args.result_bytes)
-                sides[f"floor, batches of {batch}"] = floor
-            sides["rollfleet"] = Ours(
-                server.url,
-                group_size=args.group_size,
-                batch=args.batch,
-                prompt_bytes=args.prompt_bytes,
-                result_bytes=args.result_bytes,
-            )
-            if args.only:
-                sides = {name: side for name, side in sides.items() if args.only in name}
-            report |= await _compare(stack, sides, server.pid, args)
+        sides: dict[str, Floor | Ours] = {}
+        for batch in FLOOR_BATCHES:
+            floor = Floor(server.url, batch, args.prompt_bytes, args.result_bytes)
+            sides[f"floor, batches of {batch}"] = floor
+        sides["rollfleet"] = Ours(
+            server.url,
+            group_size=args.group_size,
+            batch=args.batch,
+            prompt_bytes=args.prompt_bytes,
+            result_bytes=args.result_bytes,
+        )
+        if args.only:
+            sides = {name: side for name, side in sides.items() if args.only in name}
+        report |= await _compare(sides, server.pid, args)
     report["wire"] = wire()
     return report
 
 
 async def _compare(
-    stack: AsyncExitStack,
     sides: dict[str, Floor | Ours],
     server_pid: int | None,
     args: argparse.Namespace,
@@ -86,10 +83,11 @@ async def _compare(
     }
     latencies: dict[str, list[float]] = {name: [] for name in sides}
     n = args.n - args.n % args.group_size
+    warm = min(WARM, n) // args.group_size * args.group_size
     for _ in range(args.rounds):
         for name, side in sides.items():
             async with side:
-                await side.round(min(WARM, n))
+                await side.round(warm)
                 pids = {"trainer": os.getpid(), "worker": side.process.pid, "server": server_pid}
                 before = {part: cpu_s(pid) for part, pid in pids.items()}
                 rates[name].append(n / await side.round(n))
@@ -187,12 +185,16 @@ def table(report: dict[str, Any]) -> str:
     """The report for people."""
     machine, settings = report["machine"], report["settings"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average'][0]}; "
-        f"Python {machine['python']}; {report['server']}, {settings['transport']}",
+        (
+            f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average'][0]}; "
+            f"Python {machine['python']}; {report['server']}, {settings['transport']}"
+        ),
         ", ".join(f"{name} {version}" for name, version in machine["packages"].items()),
-        f"{settings['n']:,} tasks a round, {settings['rounds']} interleaved rounds, "
-        f"{settings['prompt_bytes']:,} bytes in, {settings['result_bytes']:,} bytes out, "
-        f"groups of {settings['group_size']}, {SLOTS} slots, 1 worker process",
+        (
+            f"{settings['n']:,} tasks a round, {settings['rounds']} interleaved rounds, "
+            f"{settings['prompt_bytes']:,} bytes in, {settings['result_bytes']:,} bytes out, "
+            f"groups of {settings['group_size']}, {SLOTS} slots, 1 worker process"
+        ),
         "",
         f"{'':26}{'tasks/s':>9}{'min':>9}{'max':>9}{'p50 ms':>9}{'p95 ms':>9}   CPU us a task",
         f"{'':26}{'':45}   trainer worker server",

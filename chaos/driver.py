@@ -18,7 +18,8 @@ from typing import Any
 import redis.exceptions
 
 from chaos import oracle
-from chaos.harness import Stage, catches
+from chaos.harness import Stage
+from chaos.processes import Worker, catches
 
 __all__ = ["Storm", "run"]
 
@@ -99,14 +100,24 @@ class Storm:
         """SIGKILL of a worker."""
         if not self.stage.fleet:
             return False
-        self.stage.kill_worker(self.dice.choice(self.stage.fleet))
+        self.stage.kill_worker(self._busy())
         return True
+
+    def _busy(self) -> Worker:
+        """A worker that holds leases, if there is one: its death is the one that matters."""
+        try:
+            holders = self.stage.observer.leases("")
+        except (redis.exceptions.RedisError, OSError):
+            holders = {}
+        fleet = self.stage.fleet
+        busy = [w for w in fleet if any(name.startswith(w.prefix) for name in holders)]
+        return self.dice.choice(busy or fleet)
 
     def worker_stop(self) -> bool:
         """SIGSTOP of a worker past its lease, then SIGCONT: a zombie."""
         if len(self.stage.fleet) < 2:
             return False
-        worker = self.dice.choice(self.stage.fleet)
+        worker = self._busy()
         self.stage.freeze_worker(worker)
         self._after(
             self.stage.o.lease_s + self.dice.uniform(0.5, 2.0),
@@ -156,7 +167,11 @@ class Storm:
         """A version that comes out of turn."""
         trainer = self.stage.trainer
         # Before it has set its handler, SIGUSR1 would kill it.
-        if trainer is None or trainer.poll() is not None or not catches(trainer.pid, signal.SIGUSR1):
+        if (
+            trainer is None
+            or trainer.poll() is not None
+            or not catches(trainer.pid, signal.SIGUSR1)
+        ):
             return False
         trainer.send_signal(signal.SIGUSR1)
         return True
@@ -225,7 +240,10 @@ def run(
 ) -> dict[str, Any]:
     """Blow for `seconds`, judge, write `out`; returns the report."""
     began = time.monotonic()
-    shape = {"spv": 64, "env": {"CHAOS_MEAN_S": "0.3"}}  # enough that workers are busy when they die
+    shape = {
+        "spv": 64,
+        "env": {"CHAOS_MEAN_S": "0.5"},
+    }  # enough that workers are busy when they die
     with Stage(aof=aof, workers=workers, proxied=True, mutant=mutant, **shape) as stage:
         stage.warm(WARM)
         storm = Storm(stage, seed, workers)

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 import redis.exceptions
 
-from chaos.harness import Stage, free_port, until
+from chaos.harness import Stage
 from chaos.observe import connect
+from chaos.processes import free_port, until
 from chaos.rows import back_s
 from rollfleet_common.embedded import find_server
 

@@ -8,7 +8,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,46 +19,21 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from chaos import oracle
-from chaos.observe import Drain, Evidence, Observer, Outage, connect
-from chaos.snapshot import take
-from rollfleet_common.embedded import EmbeddedServer
 from tests.fixtures.tcp_proxy import TcpProxy
 
-__all__ = ["Stage", "Worker", "catches", "free_port", "until"]
+from chaos import oracle
+from chaos.case import Case
+from chaos.observe import Drain, Evidence, Observer, Outage, connect
+from chaos.processes import Worker, free_port, until
+from chaos.snapshot import take
+from rollfleet_common.embedded import EmbeddedServer
+
+__all__ = ["RUN", "Options", "Stage"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "chaos"
 #: A trainer that ends by an error is started again, at most so often in a row.
 TRAINER_LIVES = 200
-
-
-@dataclass(eq=False)
-class Worker:
-    """One worker process."""
-
-    name: str
-    process: "subprocess.Popen[bytes]"
-    port: int
-    drain: Drain | None = None
-    stopped_at: float | None = None
-    #: Whether its end is wanted.
-    doomed: bool = False
-
-    @property
-    def prefix(self) -> str:
-        """What its consumer name begins with."""
-        return f"{self.name}-{self.process.pid}-"
-
-    @property
-    def up(self) -> bool:
-        """Whether it has come so far as to heed SIGTERM."""
-        return catches(self.process.pid, signal.SIGTERM)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs (or is stopped by a signal)."""
-        return self.process.poll() is None
 
 
 @dataclass
@@ -352,7 +326,7 @@ class Stage:
         seen = self.evidence()
         with self.redis() as client:
             shot = take(client, RUN)
-        case = oracle.Case.read(
+        case = Case.read(
             self.dir,
             shot,
             seen,
@@ -366,37 +340,3 @@ class Stage:
         """`quiesce` and `judge`."""
         self.quiesce(timeout_s)
         return self.judge()
-
-
-def until(
-    what: Callable[[], Any], timeout_s: float, tend: Callable[[], None], description: str
-) -> None:
-    """Wait, tending meanwhile.
-
-    Raises:
-        TimeoutError: It did not come true in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout_s:g} s in vain for {description}")
-        tend()
-        time.sleep(0.05)
-
-
-def catches(pid: int, signum: signal.Signals) -> bool:
-    """Whether a process has set a handler for a signal (Linux; elsewhere it is taken for granted)."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return not Path("/proc/self/status").exists()
-    caught = next((line.split()[1] for line in status if line.startswith("SigCgt")), "0")
-    return bool(int(caught, 16) >> (signum - 1) & 1)
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -71,7 +71,10 @@ def _away(stage: Stage) -> None:
 #: Scene and shape by promise.
 SCENES: dict[str, tuple[Callable[[Stage], None], dict[str, object]]] = {
     "P1": (_steady, {}),
-    "P2": (_zombies, {"lease_s": 1.0, "env": {"CHAOS_MEAN_S": "0.6"}}),
+    "P2": (
+        _zombies,
+        {"lease_s": 1.0, "max_staleness": 8, "env": {"CHAOS_MEAN_S": "0.6"}},
+    ),
     # A wide bound, or what is trained again would be too old for it.
     "P3": (_resumed, {"spv": 16, "max_staleness": 8}),
     "P4": (_steady, {"spv": 8, "max_staleness": 0, "trainer_flags": ("--step-s", "0")}),

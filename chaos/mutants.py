@@ -93,7 +93,7 @@ def _p7_linger(part: str) -> None:
         await asyncio.sleep(3600)
         return 0
 
-    daemon.Worker._drain = linger  # noqa: SLF001 - a planted bug
+    setattr(daemon.Worker, "_drain", linger)  # noqa: B010 - a planted bug of another shape
 
 
 def _p8_trim(part: str) -> None:

@@ -171,9 +171,7 @@ class Observer:
                     f"{self._prefix}ledger", ["submitted:train", "settled:train"]
                 )
                 submitted, settled = (int(value or 0) for value in ledger)  # type: ignore[union-attr]  # pyright: ignore[reportGeneralTypeIssues]
-                self.seen.most_outstanding = max(
-                    self.seen.most_outstanding, submitted - settled
-                )
+                self.seen.most_outstanding = max(self.seen.most_outstanding, submitted - settled)
 
     def _tail(self, last: str) -> str:
         stream = f"{self._prefix}rollouts"

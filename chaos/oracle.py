@@ -6,17 +6,16 @@
 - A verdict is yes, no, or not judged; every no names its witnesses.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from chaos.observe import Evidence
-from chaos.snapshot import Member, Snapshot
+from chaos.case import Case
+from chaos.observe import Look
+from chaos.snapshot import Member
 
-__all__ = ["PROMISES", "Case", "Verdict", "judge"]
+__all__ = ["PROMISES", "Verdict", "as_json", "judge"]
 
 PROMISES = {
     "P1": "no acknowledged prompt is lost",
@@ -41,6 +40,8 @@ LAST_WORDS_S = 3.0
 NOTICE_S = {"down": 3.0, "frozen": 8.0}
 #: A version may be seen this much before the clock of its publisher says so.
 CLOCK_S = 0.05
+#: Seconds after the last harm in which a worker may still be making up its mind.
+CALM_S = 10.0
 WITNESSES = 5
 
 
@@ -53,96 +54,12 @@ class Verdict:
     ok: bool | None
     said: str
     witnesses: list[str] = field(default_factory=list)
-    measured: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Case:
-    """What the judge is given."""
-
-    log: list[dict[str, Any]]
-    #: Groups that the trainer said it dropped, and why.
-    dropped: dict[str, str]
-    snapshot: Snapshot
-    evidence: Evidence
-    lease_s: float
-    max_staleness: int
-    #: Samples that may be outstanding.
-    limit: int
-    #: Whether the run was brought to its end: fed out, trained, drained.
-    ended: bool
-
-    @classmethod
-    def read(cls, directory: Path, snapshot: Snapshot, evidence: Evidence, **known: Any) -> "Case":
-        """With the logs of `directory`."""
-        log = list(_lines(directory / "trainer.jsonl"))
-        dropped = {
-            line["group"]: line["reason"]
-            for line in _lines(directory / "trainer.out")
-            if line.get("event") == "group dropped"
-        }
-        ended = any(line["ev"] == "ended" for line in log)
-        return cls(log, dropped, snapshot, evidence, ended=ended, **known)
-
-    def acked(self) -> dict[Member, float]:
-        """Every sample whose submission was acknowledged, and when (Unix seconds)."""
-        found: dict[Member, float] = {}
-        upto = -1
-        for line in self.log:
-            if line["ev"] == "acked":
-                for position in range(upto + 1, line["upto"] + 1):
-                    found.update({(f"p{position}", i): line["t"] for i in range(line["n"])})
-                upto = max(upto, line["upto"])
-        return found
-
-    def handed(self) -> Iterable[tuple[dict[str, Any], int]]:
-        """Every batch that was handed over, with the trainer's version at that moment."""
-        version = -1
-        for line in self.log:
-            if line["ev"] in ("opened", "published"):
-                version = line["version"]  # also a zombie's, whose batches are then refused
-            elif line["ev"] == "handed":
-                yield line, version
-
-    def trained(self) -> list[tuple[int, dict[str, Any]]]:
-        """(batch, sample) of all that the checkpoints hold: what cannot be taken back."""
-        rows: dict[int, list[dict[str, Any]]] = {}
-        kept: list[tuple[int, dict[str, Any]]] = []
-        epoch = 0
-        for line in self.log:
-            if line["ev"] == "opened":
-                epoch = line["epoch"]
-            elif line["ev"] == "handed" and line["epoch"] == epoch:
-                rows[line["batch"]] = line["samples"]
-            elif line["ev"] == "checkpoint" and line["epoch"] == epoch:
-                kept += [(b, sample) for b in line["batches"] for sample in rows[b]]
-        return kept
-
-    def owed_again(self) -> int:
-        """The most samples that one death of the trainer took back: handed over, never saved."""
-        most = unsaved = 0
-        for line in self.log:
-            if line["ev"] == "handed":
-                unsaved += len(line["samples"])
-            elif line["ev"] == "checkpoint":
-                unsaved = 0
-            elif line["ev"] == "opening":
-                most, unsaved = max(most, unsaved), 0
-        return most
-
-    def excused(self, t: float) -> bool:
-        """Whether what was acknowledged at `t` may have been lost by Redis's own contract."""
-        return any(began <= t <= ended for began, ended in self.evidence.excused)
-
-    def away_s(self, began: float, ended: float) -> float:
-        """How long Redis was away between two moments."""
-        spans = ((max(o.began, began), min(o.ended, ended)) for o in self.evidence.outages)
-        return sum(max(e - b, 0.0) for b, e in spans)
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 def judge(case: Case) -> list[Verdict]:
     """Judge all ten promises."""
-    judges: list[Callable[[Case], tuple[str, list[str], dict[str, float]] | None]] = [
+    judges: list[Callable[[Case], Found]] = [
         _lost, _twice, _again, _stale, _late, _memory, _drains, _pressure, _health, _torn,
     ]  # fmt: skip
     verdicts: list[Verdict] = []
@@ -152,9 +69,7 @@ def judge(case: Case) -> list[Verdict]:
             verdicts.append(Verdict(promise, None, "nothing happened that it could be judged by"))
             continue
         said, witnesses, measured = found
-        verdicts.append(
-            Verdict(promise, not witnesses, said, witnesses[:WITNESSES], measured)
-        )
+        verdicts.append(Verdict(promise, not witnesses, said, witnesses[:WITNESSES], measured))
     return verdicts
 
 
@@ -163,7 +78,7 @@ def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     return [asdict(verdict) | {"means": PROMISES[verdict.promise]} for verdict in verdicts]
 
 
-Found = tuple[str, list[str], dict[str, float]] | None
+Found = tuple[str, list[str], Mapping[str, float]] | None
 
 
 def _lost(case: Case) -> Found:
@@ -265,7 +180,9 @@ def _late(case: Case) -> Found:
         away = case.away_s(kill.t, kill.t + min(took, 1e6))
         bound = case.lease_s + TAKE_OVER_S + (away + TAKE_OVER_S if away else 0.0)
         if took > bound:
-            late.append(f"{kill.worker}: {kill.leases} leases after {took:.2f} s, bound {bound:.2f}")
+            late.append(
+                f"{kill.worker}: {kill.leases} leases after {took:.2f} s, bound {bound:.2f}"
+            )
         elif not away:
             times.append(took)
     times.sort()
@@ -310,50 +227,78 @@ def _pressure(case: Case) -> Found:
     if case.snapshot.balance and not case.evidence.excused:
         bad.append(f"{case.snapshot.balance} samples left the streams without a verdict")
     most, limit = case.evidence.most_outstanding, case.limit + case.owed_again()
-    if most > limit:
+    if most > limit and not case.evidence.excused:
         bad.append(f"{most} samples were outstanding, over the limit of {limit}")
     return f"at most {most} of {limit} samples outstanding", bad, {"most outstanding": most}
 
 
 def _health(case: Case) -> Found:
-    seen = case.evidence
-    if not seen.looks:
+    if not case.evidence.looks:
         return None
+    looks: dict[str, list[Look]] = {}
+    for look in case.evidence.looks:
+        looks.setdefault(look.worker, []).append(look)
     lies: list[str] = []
     judged = 0
-    born: dict[str, float] = {}
-    for look in seen.looks:
-        if look.live:
-            born.setdefault(look.worker, look.t)
-        leaves = next((d.t for d in seen.drains if d.worker == look.worker), float("inf"))
-        if any(w == look.worker and b <= look.t + 1.5 and look.t <= e + 1.5 for w, b, e in seen.frozen):
+    for worker, mine in looks.items():
+        for judges in (_outages, _drained, _calm):
+            found, count = judges(case, worker, mine)
+            lies += found
+            judged += count
+    said = f"{len(case.evidence.looks)} looks at {len(looks)} workers, {judged} of them judged"
+    return said, lies, {"looks": len(case.evidence.looks), "judged": judged}
+
+
+def _awake(case: Case, worker: str, looks: Iterable[Look]) -> list[Look]:
+    """Looks at a worker that was not frozen: a frozen one cannot answer."""
+    frozen = [(b - 1.5, e + 1.5) for w, b, e in case.evidence.frozen if w == worker]
+    return [look for look in looks if not any(b <= look.t <= e for b, e in frozen)]
+
+
+def _leaves(case: Case, worker: str) -> tuple[float, float]:
+    """When a worker was told to end, and when it had."""
+    drain = next((d for d in case.evidence.drains if d.worker == worker), None)
+    if drain is None:
+        return float("inf"), float("inf")
+    return drain.t, drain.t + (drain.took_s or 0.0)
+
+
+def _outages(case: Case, worker: str, looks: Sequence[Look]) -> tuple[list[str], int]:
+    """While Redis is away a worker is not ready, and it is live all the same."""
+    lies: list[str] = []
+    judged = 0
+    leaves, _ = _leaves(case, worker)
+    born = next((look.t for look in looks if look.live), float("inf"))
+    for look in _awake(case, worker, looks):
+        outage = next((o for o in case.evidence.outages if o.began <= look.t <= o.ended), None)
+        if outage is None or look.t < outage.began + NOTICE_S[outage.kind]:
             continue
-        outage = next((o for o in seen.outages if o.began <= look.t <= o.ended), None)
-        if outage is not None and look.t > outage.began + NOTICE_S[outage.kind]:
-            judged += 1
-            if look.ready and look.t < outage.ended - 0.5:
-                since = look.t - outage.began
-                lies.append(f"{look.worker} is ready, {since:.1f} s after Redis was {outage.kind}")
-            if not look.live and born.get(look.worker, look.t) < look.t < leaves:
-                lies.append(f"{look.worker} is not live because Redis is {outage.kind}")
-        for drain in seen.drains:
-            took = drain.took_s or 0.0
-            if drain.worker == look.worker and 0.5 < look.t - drain.t < took:
-                judged += 1
-                if look.ready:
-                    lies.append(f"{look.worker} is ready while it drains")
-    last = {look.worker: look for look in seen.looks}
-    began = {d.worker: d.t for d in seen.drains}
-    for worker, t in began.items():
-        before = [x for x in seen.looks if x.worker == worker and t - 1.5 < x.t < t - 0.1]
-        calm = not case.away_s(t - 10.0, t) and not any(w == worker for w, _, _ in seen.frozen)
-        calm = calm and not any(t - 10.0 < d < t for d in seen.disturbed)
-        if before and calm and len([x for x in seen.looks if x.worker == worker]) > 20:
-            judged += 1
-            if not before[-1].ready:
-                lies.append(f"{worker} is not ready ({before[-1].reason}) while nothing is wrong")
-    said = f"{len(seen.looks)} looks at {len(last)} workers, {judged} of them under a fault"
-    return said, lies, {"looks": len(seen.looks), "judged": judged}
+        judged += 1
+        if look.ready and look.t < outage.ended - 0.5:
+            since = look.t - outage.began
+            lies.append(f"{worker} is ready, {since:.1f} s after Redis was {outage.kind}")
+        if not look.live and born < look.t < leaves:
+            lies.append(f"{worker} is not live because Redis is {outage.kind}")
+    return lies, judged
+
+
+def _drained(case: Case, worker: str, looks: Sequence[Look]) -> tuple[list[str], int]:
+    """While it drains a worker is not ready."""
+    began, ended = _leaves(case, worker)
+    draining = [look for look in _awake(case, worker, looks) if began + 0.5 < look.t < ended]
+    return [f"{worker} is ready while it drains" for look in draining if look.ready], len(draining)
+
+
+def _calm(case: Case, worker: str, looks: Sequence[Look]) -> tuple[list[str], int]:
+    """Just before it is told to end, with nothing wrong for a while, a worker is ready."""
+    seen = case.evidence
+    t, _ = _leaves(case, worker)
+    before = [look for look in looks if t - 1.5 < look.t < t - 0.1]
+    harmed = case.away_s(t - CALM_S, t) or any(t - CALM_S < d < t for d in seen.disturbed)
+    if not before or harmed or len(looks) < 20 or any(w == worker for w, _, _ in seen.frozen):
+        return [], 0
+    why = before[-1].reason
+    return [f"{worker} is not ready ({why}) while nothing is wrong"] * (not before[-1].ready), 1
 
 
 def _torn(case: Case) -> Found:
@@ -367,17 +312,8 @@ def _torn(case: Case) -> Found:
             torn.append(f"{group} in batch {batch} has {len(rows)} of {rows[0]['n']}")
         for row in rows:
             if f"p{row['position']:.0f}" != group or row["index"] != row["own"]:
-                torn.append(f"{group} #{row['index']} holds the payload of another sample")
+                who = f"{group} #{row['index']}"
+                torn.append(f"{who} holds the payload of another sample")
     if not batches:
         return None
     return f"{len(batches)} groups handed over, {len(torn)} torn", torn, {"torn": len(torn)}
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # torn by a kill

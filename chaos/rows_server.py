@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from aiohttp import web
-
-from chaos.harness import Stage, free_port
-from chaos.rows import Row, back_s
 from tests.fixtures.fake_vllm import Behaviour, FakeVllm, body, good, made, reset, status
+
+from chaos.harness import Stage
+from chaos.processes import free_port
+from chaos.rows import Row, back_s
 
 __all__ = ["ROWS"]
 

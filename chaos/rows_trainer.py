@@ -3,7 +3,8 @@
 import signal
 import time
 
-from chaos.harness import Stage, catches, until
+from chaos.harness import Stage
+from chaos.processes import catches, until
 from chaos.rows import Row, back_s
 
 __all__ = ["ROWS"]
@@ -13,8 +14,10 @@ def _between_read_and_commit(stage: Stage) -> float | None:
     for _ in range(3):
         handed, committed = _count(stage, "handed"), _count(stage, "committed")
         until(
-            lambda h=handed, c=committed: _count(stage, "handed") > h + 1  # type: ignore[misc]
-            and _count(stage, "committed") >= c,
+            lambda h=handed, c=committed: (
+                _count(stage, "handed") > h + 1  # type: ignore[misc]
+                and _count(stage, "committed") >= c
+            ),
             30.0,
             stage.tend,
             "a batch that is not committed",

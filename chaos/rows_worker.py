@@ -2,7 +2,8 @@
 
 import time
 
-from chaos.harness import Stage, until
+from chaos.harness import Stage
+from chaos.processes import until
 from chaos.rows import Row, back_s
 
 __all__ = ["ROWS"]
@@ -14,7 +15,7 @@ LONG = {"CHAOS_MEAN_S": "0.8"}
 def _kill_idle(stage: Stage) -> float | None:
     spare = stage.add_worker()
     until(lambda: spare.up, 10.0, stage.tend, "a third worker")
-    stage.redis().hset(f"rf:{{chaos}}:board", "paused_until_ms", int(time.time() * 1000) + 3000)
+    stage.redis().hset("rf:{chaos}:board", "paused_until_ms", int(time.time() * 1000) + 3000)
     time.sleep(2.0)  # all finish what they run, and claim nothing
     stage.kill_worker(spare)
     stage.kill_worker(stage.fleet[0])

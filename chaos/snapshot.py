@@ -9,6 +9,7 @@ from typing import Any
 
 import msgpack
 import redis
+import redis.exceptions
 
 __all__ = ["Snapshot", "take"]
 
@@ -34,7 +35,7 @@ class Snapshot:
 
     @property
     def balance(self) -> int:
-        """submitted - (all the places a sample can be in): 0, or something was lost or made."""
+        """Submitted less all the places a sample can be in: 0, or something was lost or made."""
         submitted = sum(v for k, v in self.ledger.items() if k.startswith("submitted:"))
         ended = sum(v for k, v in self.ledger.items() if k.startswith("dropped:"))
         ended += self.ledger.get("committed", 0) + self.ledger.get("dead", 0)

@@ -32,8 +32,7 @@ def _table(results: Sequence[Result]) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime())
     lines = [
         "",
-        f"{passed} of {len(results)} rows pass ({day}, {platform.machine()}, lease 2 s unless said "
-        "otherwise).",
+        f"{passed} of {len(results)} rows pass ({day}, {platform.machine()}, lease of 2 s).",
         "",
         "| fault | what is done | judged | result | back after |",
         "|---|---|---|---|---|",

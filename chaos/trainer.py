@@ -37,8 +37,9 @@ class Log:
         os.write(self._fd, b"\n")
 
     def write(self, ev: str, **fields: Any) -> None:
-        """One event, with the time in Unix seconds."""
-        os.write(self._fd, json.dumps({"ev": ev, "t": time.time(), **fields}).encode() + b"\n")
+        """One event, with the time in Unix seconds and the life (the pid) that it is of."""
+        line = {"ev": ev, "t": time.time(), "life": os.getpid(), **fields}
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -59,6 +60,7 @@ class Program:
         self.bumps = 0
         self.unsaved: list[int] = []
         self.acked = -1
+        self.epoch = -1
 
     def run(self) -> int:
         """Train until the feed has ended; returns the exit code."""
@@ -81,12 +83,12 @@ class Program:
             take_over=self.o.take_over,
         )
         aio = fleet.aio
-        self.log.write(
-            "opened", epoch=aio.epoch, version=fleet.version, cursor=aio.submitter.cursor
-        )
+        self._opened(fleet)
         threading.Thread(target=self._watch, args=(fleet,), daemon=True).start()
         fleet.feed(self._source())
         while (batch := fleet.next_batch()) is not None:
+            if aio.epoch != self.epoch:
+                self._opened(fleet)  # Redis came back without the run, and it was opened anew
             self.log.write(
                 "handed",
                 batch=batch.number,
@@ -104,12 +106,17 @@ class Program:
         fleet.close()
         return 0
 
+    def _opened(self, fleet: Any) -> None:
+        self.epoch = fleet.aio.epoch
+        cursor = fleet.aio.submitter.cursor
+        self.log.write("opened", epoch=self.epoch, version=fleet.version, cursor=cursor)
+
     def _resume(self) -> dict[str, Any] | None:
-        epoch, saved = 0, ""
+        life, saved = 0, ""
         for line in read_log(self.dir / "trainer.jsonl"):
             if line["ev"] == "opened":
-                epoch = line["epoch"]
-            elif line["ev"] == "checkpoint" and line["epoch"] == epoch:  # none of a zombie
+                life = line["life"]
+            elif line["ev"] == "checkpoint" and line["life"] == life:  # none of a zombie
                 saved = line["state"]
         if not saved:
             return None
@@ -120,13 +127,7 @@ class Program:
         state = fleet.state_dict()
         name = f"state-{os.getpid()}-{state['batch']}.json"
         (self.dir / name).write_text(json.dumps(state))
-        self.log.write(
-            "checkpoint",
-            state=name,
-            batches=self.unsaved,
-            version=state["version"],
-            epoch=fleet.aio.epoch,
-        )
+        self.log.write("checkpoint", state=name, batches=self.unsaved, version=state["version"])
         self.unsaved = []
         fleet.commit()
         self.log.write("committed", batch=state["batch"])

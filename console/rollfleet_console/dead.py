@@ -170,7 +170,8 @@ def _records(lines: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _number(text: str, otherwise: int) -> int:
-    return int(text) if text.removeprefix("-").isdecimal() else otherwise
+    # Python refuses to read thousands of digits, which garbage may have.
+    return int(text) if len(text) < 20 and text.removeprefix("-").isdecimal() else otherwise
 
 
 # ---- acting --------------------------------------------------------------------------------------

@@ -259,17 +259,13 @@ async def _plans(
         number = _text(raw)
         try:
             plan = Plan.loads(int(number), packed)
-        except (WireError, ValueError) as exc:
+            gone = [e for p, e, _, _ in plan.rollouts if p in rollouts and e not in rollouts[p]]
+        except (WireError, ValueError, TypeError) as exc:
             s.add("planless", f"{keys.batches} {number}", str(exc)[:80])
             continue
         if plan.state == "committed":
             continue  # its entries may be gone already: it is rolled forward from here
         s.plans += 1
-        gone = [
-            entry
-            for partition, entry, _, _ in plan.rollouts
-            if partition in rollouts and entry not in rollouts[partition]
-        ]
         if gone:
             lacks = f"{len(gone)} of {len(plan.rollouts)} rollouts, {plan.state}"
             s.add("plan", f"batch {number}", lacks)

@@ -69,8 +69,10 @@ def _read_cards(
         try:
             card = json.loads(text)
             # Of a newer release it may say more, of a broken one less: then it still counts.
-            cards.append({**card, "id": worker, "seen_ms": int(card.get("seen_ms", now_ms))})
-        except (ValueError, TypeError, AttributeError):
+            card = {**card, "id": worker, "seen_ms": int(card.get("seen_ms", now_ms))}
+            _worker(card, {}, now_ms)  # one field that makes no sense must not hide the others
+            cards.append(card)
+        except (ValueError, TypeError, AttributeError, OverflowError):
             unreadable.append(worker)
     return cards, tuple(unreadable)
 

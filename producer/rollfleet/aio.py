@@ -74,7 +74,9 @@ class AsyncFleet:
         self.keys = RunKeys(settings.run)
         self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self.policy = policy or DropStale(settings.max_staleness, settings.min_group_size)
-        self.pacer = Pacer(settings.depth, settings.samples_per_version)
+        self.pacer = Pacer(
+            settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
+        )
         self.version = NO_VERSION
         self.epoch = 0
         self._weights = ""
@@ -204,7 +206,7 @@ class AsyncFleet:
             check=self._check,
             line=self.line,
             out=self._out,
-            cursor=max(*cursors, int(self._state.get("position", 0)) - 1, NO_VERSION),
+            **self._feed_from(max(cursors)),
         )
         self.reviver = Reviver(
             token=self.token,
@@ -230,6 +232,17 @@ class AsyncFleet:
             reason=self.reason,
         )
         await self.submitter.look()
+
+    def _feed_from(self, cursor: int) -> dict[str, Any]:
+        """Where the feed goes on: where Redis says, which may be behind the checkpoint.
+
+        A Redis that has nothing of this run has lost it: what was out at the checkpoint is sent
+        again.
+        """
+        if cursor > NO_VERSION:
+            return {"cursor": cursor, "again": frozenset()}
+        position = int(self._state.get("position", 0))
+        return {"cursor": position - 1, "again": frozenset(self._state.get("open", ()))}
 
     def _spawn(self, life: Awaitable[None], name: str) -> None:
         async def guarded() -> None:
@@ -517,6 +530,7 @@ class AsyncFleet:
             "version": self.version,
             "batch": self.commits.last_trained,
             "position": self.submitter.cursor + 1,
+            "open": sorted(p.position for p in self._out.values() if p.position >= 0),
             "recent": list(self.consumer.recent),
         }
 

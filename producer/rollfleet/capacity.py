@@ -12,9 +12,20 @@ __all__ = ["Pacer"]
 
 
 class Pacer:
-    """Paces submission."""
+    """Paces submission.
 
-    def __init__(self, pipeline_depth: int, samples_per_version: int) -> None:
+    Args:
+        pipeline_depth: Versions that rollouts may be started ahead of.
+        samples_per_version: Samples that one version is trained on.
+        tallied: Whether `outstanding` follows every event here. Not with several partitions:
+            no submit then answers for all of them, and what was read and what was heard of would
+            be counted twice; the ledger is read instead.
+    """
+
+    def __init__(
+        self, pipeline_depth: int, samples_per_version: int, *, tallied: bool = True
+    ) -> None:
+        self.tallied = tallied
         self.pipeline_depth = pipeline_depth
         self.samples_per_version = samples_per_version
         #: Training samples submitted and not yet trained, dropped or dead.
@@ -35,7 +46,8 @@ class Pacer:
 
     def settled(self, samples: int, *, hold: bool = False) -> None:
         """Credit came back: `samples` were trained (`hold`), dropped or died."""
-        self.outstanding = max(self.outstanding - samples, 0)
+        if self.tallied:
+            self.outstanding = max(self.outstanding - samples, 0)
         if hold:
             self.held = min(self.held + samples, self.samples_per_version)
 

@@ -20,7 +20,7 @@ from rollfleet.line import Line
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.leases import quarantine
-from rollfleet_common.messages import Header, Kind, Prompt
+from rollfleet_common.messages import Header, Kind, Prompt, Tombstone
 from rollfleet_common.redis import is_transient
 from rollfleet_common.staleness import replayed
 from rollfleet_common.streams import Arrivals, Garbage, Streams
@@ -141,7 +141,7 @@ class Consumer:
         closed, useless = self._take_headers(partition, arrivals)
         buried, late = self._take_tombstones(partition, arrivals)
         closed += buried
-        await self._quarantine(partition, arrivals)
+        closed += await self._quarantine(partition, arrivals)
         for reason, rollouts in useless.items():
             await self._settle(partition, f"drop:{reason}", rollouts)
         if late:
@@ -212,7 +212,7 @@ class Consumer:
         needless = [(group, "surplus") for group in closed if group.n > group.arrived]
         touched = {tombstone.group for _, tombstone in arrivals.tombstones}
         for group in (g for name in touched if (g := self.groups.open.get(name)) is not None):
-            could_be = group.n - len(group.tombstones)
+            could_be = group.n - len(group.tombstones.keys() - group.members.keys())
             if group.kind is Kind.TRAIN and could_be < self.least(group):
                 needless.append((group, "torn"))
         for group, reason in needless:
@@ -233,16 +233,33 @@ class Consumer:
         group = self.ready.get(name) or self.handed.get(name) or self.evals.get(name)
         return group is not None and header.index in group.members
 
-    async def _quarantine(self, partition: int, arrivals: Arrivals) -> None:
+    async def _quarantine(self, partition: int, arrivals: Arrivals) -> list[Group]:
+        """Put aside what cannot be read; returns the groups that this closed.
+
+        A header that a worker of another release wrote stands beside plain fields that tell whose
+        it is: it is dropped and counted like any rollout, and its group closes. Anything else came
+        from no script of ours.
+        """
         streams = self.streams[partition]
-        for stream, bad in zip(
-            (streams.keys.rollouts, streams.keys.tombstones), _garbage(arrivals), strict=True
-        ):
-            for garbage in bad:
-                log.error(
-                    "garbage on a stream", stream=stream, entry=garbage.entry, why=garbage.why
+        closed: list[Group] = []
+        for garbage in arrivals.garbage:
+            log.error("header cannot be read", entry=garbage.entry, why=garbage.why)
+            lost = _whose(garbage)
+            if lost is None:
+                await quarantine(
+                    streams.client, streams.keys, streams.keys.rollouts, "trainer", garbage
                 )
-                await quarantine(streams.client, streams.keys, stream, "trainer", garbage)
+                continue
+            rollout = (garbage.entry, lost.kind, garbage.fields[b"p"].decode())
+            await self._settle(partition, "drop:undecodable", [rollout])
+            self.settled(int(lost.kind is Kind.TRAIN))
+            if (group := self.groups.bury(partition, "", lost)) is not None:
+                closed.append(group)
+        for garbage in arrivals.garbage_tombstones:
+            log.error("tombstone cannot be read", entry=garbage.entry, why=garbage.why)
+            stream = streams.keys.tombstones
+            await quarantine(streams.client, streams.keys, stream, "trainer", garbage)
+        return closed
 
     # ---- verdicts ----------------------------------------------------------------------------
 
@@ -287,32 +304,28 @@ class Consumer:
 
     async def drop(self, groups: Sequence[Group], reason: str) -> None:
         """Drop whole groups; their credit returns."""
-        for partition in {group.partition for group in groups}:
-            here = [group for group in groups if group.partition == partition]
-            rollouts = [m for group in here for m in group.members.values()]
-            if reason == "torn" and any("stale" in group.reasons for group in here):
-                reason = "stale"
-            self.given_up |= {group.name for group in here} & self.reserved
-            for group in here:
-                self.ready.pop(group.name, None)
-                self.out.pop(group.name, None)
-                log.info(
-                    "group dropped",
-                    group=group.name,
-                    reason=reason,
-                    samples=len(group.members),
-                    missing=group.reasons,
-                    oldest=group.oldest if group.members else None,
-                    version=self.version(),
-                )
-            await self._settle(
-                partition,
-                f"drop:{reason}",
-                [(m.entry, m.header.kind, m.header.payload) for m in rollouts],
-                here,
+        self.given_up |= {group.name for group in groups} & self.reserved
+        sorted_out: dict[tuple[int, str], list[Group]] = {}
+        for group in groups:
+            why = "stale" if reason == "torn" and "stale" in group.reasons else reason
+            sorted_out.setdefault((group.partition, why), []).append(group)
+            self.ready.pop(group.name, None)
+            self.out.pop(group.name, None)
+            log.info(
+                "group dropped",
+                group=group.name,
+                reason=why,
+                samples=len(group.members),
+                missing=group.reasons,
+                oldest=group.oldest if group.members else None,
+                version=self.version(),
             )
-            self.drops[reason] = self.drops.get(reason, 0) + len(rollouts)
-            self.settled(len(rollouts))
+        for (partition, why), here in sorted_out.items():
+            members = [member for group in here for member in group.members.values()]
+            rollouts = [(m.entry, m.header.kind, m.header.payload) for m in members]
+            await self._settle(partition, f"drop:{why}", rollouts, here)
+            self.drops[why] = self.drops.get(why, 0) + len(members)
+            self.settled(sum(m.header.kind is Kind.TRAIN for m in members))
 
     def knows(self, name: str) -> bool:
         """Whether any of a group has come."""
@@ -363,7 +376,7 @@ class Consumer:
         tombstones: Sequence[str] = (),
     ) -> None:
         entries = [*tombstones]
-        entries += [entry for group in groups for entry, _ in group.tombstones.values()]
+        entries += [e for group in groups for e, _ in group.tombstones.values() if e]
         await self.line(
             lambda: self.streams[partition].settle(
                 self.token, verb, rollouts, [group.name for group in groups], entries
@@ -374,8 +387,21 @@ class Consumer:
             self.forget(group)
 
 
-def _garbage(arrivals: Arrivals) -> tuple[list[Garbage], list[Garbage]]:
-    return arrivals.garbage, arrivals.garbage_tombstones
+def _whose(garbage: Garbage) -> Tombstone | None:
+    """Whose rollout an unreadable header was, from the plain fields beside it; None: nobody's."""
+    text = {key: value.decode("utf-8", "replace") for key, value in garbage.fields.items()}
+    try:
+        return Tombstone(
+            group=text[b"g"],
+            index=int(text[b"i"]),
+            n=int(text[b"n"]),
+            kind=Kind(text[b"k"]),
+            task="?",
+            reason="undecodable",
+            detail=garbage.why if text[b"p"] else "",
+        )
+    except (KeyError, ValueError):
+        return None
 
 
 def _group_gone(exc: Exception) -> bool:

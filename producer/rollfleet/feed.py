@@ -6,11 +6,12 @@
 """
 
 import asyncio
+import contextlib
+import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -20,6 +21,8 @@ from rollfleet_common.keys import check_name
 from rollfleet_common.messages import Int32, Kind, Prompt
 
 __all__ = ["Feeder", "to_prompt"]
+
+T = TypeVar("T")
 
 log = structlog.get_logger("rollfleet.trainer")
 
@@ -44,8 +47,8 @@ def to_prompt(item: Any, *, group: str, group_size: int, position: int = -1) -> 
     """
     where = f"prompt {position}" if position >= 0 else f"prompt of group {group}"
     if isinstance(item, Prompt):
-        return replace(item, group=group, position=position)
-    if isinstance(item, Mapping):
+        fields = {name: getattr(item, name) for name in _FIELDS}
+    elif isinstance(item, Mapping):
         fields = {str(key): value for key, value in item.items()}
     elif hasattr(item, "__len__") and not isinstance(item, str | bytes):
         fields = {"token_ids": item}
@@ -58,40 +61,52 @@ def to_prompt(item: Any, *, group: str, group_size: int, position: int = -1) -> 
     if not isinstance(own, Mapping):
         raise InvalidPromptError(f"{where}: field data is a {type(own).__name__}, not a mapping")
     data = {**own, **{key: fields.pop(key) for key in [*fields] if key not in _FIELDS}}
-    n = fields.get("n", group_size)
-    if not isinstance(n, int) or n < 1:
-        raise InvalidPromptError(f"{where}: field n is {n!r}; it must be an integer of at least 1")
-    try:
-        return Prompt(
-            group=group,
-            n=n,
-            token_ids=_token_ids(fields.get("token_ids", ()), where),
-            data={key: _plain(value) for key, value in data.items()},
-            kind=Kind(fields.get("kind", Kind.TRAIN)),
-            route=check_name(fields.get("route", "default"), f"{where}: field route"),
-            task=str(fields.get("task", "default")),
-            position=position,
-            sampling=dict(fields.get("sampling", {})),
-            deadline_ms=int(fields.get("deadline_ms", 0)),
-        )
-    except InvalidPromptError:
-        raise
-    except (TypeError, ValueError) as exc:
-        raise InvalidPromptError(f"{where}: {exc}") from exc
+
+    def read(name: str, convert: Callable[[Any], T], otherwise: Any) -> T:
+        value = fields.get(name, otherwise)
+        try:
+            return convert(value)
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise InvalidPromptError(f"{where}: field {name} is {_shown(value)}: {exc}") from exc
+
+    return Prompt(
+        group=group,
+        n=read("n", _count, group_size),
+        token_ids=read("token_ids", _token_ids, ()),
+        data={key: _plain(value) for key, value in data.items()},
+        kind=read("kind", Kind, Kind.TRAIN),
+        route=read("route", lambda value: check_name(value, "route"), "default"),
+        task=str(fields.get("task", "default")),
+        position=position,
+        sampling=read("sampling", dict, {}),
+        deadline_ms=read("deadline_ms", int, 0),
+    )
 
 
-def _token_ids(value: Any, where: str) -> Int32:
+def _shown(value: Any) -> str:
+    """A value in a few words: an array by its dtype and shape."""
+    array = value if hasattr(value, "dtype") else None
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        with contextlib.suppress(ValueError):
+            array = np.asarray(value)
+    return f"{value!r:.80}" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _count(value: Any) -> int:
+    n = 0 if isinstance(value, bool) else operator.index(value)
+    if n < 1:
+        raise ValueError("it must be an integer of at least 1")
+    return n
+
+
+def _token_ids(value: Any) -> Int32:
     raw = np.asarray(value)
     if raw.size == 0:
         return np.zeros(0, np.int32)
     if raw.ndim != 1 or raw.dtype.kind not in "iu":
-        raise InvalidPromptError(
-            f"{where}: field token_ids is {raw.dtype}{list(raw.shape)}; give one row of integers"
-        )
+        raise ValueError("give one row of integers")
     if raw.min() < 0 or raw.max() > _INT32_MAX:
-        raise InvalidPromptError(
-            f"{where}: field token_ids reaches from {raw.min()} to {raw.max()}; ids are 0 to 2^31 - 1"
-        )
+        raise ValueError(f"it reaches from {raw.min()} to {raw.max()}; ids are 0 to 2^31 - 1")
     return raw.astype(np.int32)
 
 
@@ -107,19 +122,25 @@ class Feeder:
         source: Yields items for :func:`to_prompt`, or lists of such items.
         skip: Items with a lower position were submitted before, and are passed over.
         group_size: Samples of a prompt.
-        loop: Where `take` is awaited.
+        loop: Where prompts are taken.
+        again: Positions below `skip` that are to be submitted all the same.
     """
 
     def __init__(
-        self, source: Iterable[Any], skip: int, group_size: int, loop: asyncio.AbstractEventLoop
+        self,
+        source: Iterable[Any],
+        skip: int,
+        group_size: int,
+        loop: asyncio.AbstractEventLoop,
+        again: Container[int] = (),
     ) -> None:
         self.source = source
         self.skip = skip
+        self.again = again
         self.group_size = group_size
-        #: Position of the next item that will be pulled.
-        self.position = 0
-        #: Set when the source is exhausted and everything pulled was taken.
+        #: What the source raised, or yielded; told once everything before it was taken.
         self.error: RollfleetError | None = None
+        #: Whether the source has ended.
         self.exhausted = False
         self._loop = loop
         self._ready: deque[Prompt] = deque()
@@ -173,7 +194,7 @@ class Feeder:
             for position, item in enumerate(self._items()):
                 if self._stopped.is_set():
                     return
-                if position < self.skip:
+                if position < self.skip and position not in self.again:
                     continue
                 prompt = to_prompt(
                     item, group=f"p{position}", group_size=self.group_size, position=position
@@ -182,7 +203,8 @@ class Feeder:
                 self._tell(lambda prompt=prompt: self._ready.append(prompt))  # type: ignore[misc]
         except RollfleetError as exc:
             self._tell(lambda exc=exc: setattr(self, "error", exc))  # type: ignore[misc]
-        except Exception as exc:  # noqa: BLE001 - the user's iterable may raise anything
+        except BaseException as exc:  # noqa: BLE001 - the user's iterable may raise anything, and
+            # a feed that ended without a word (SystemExit, a cancellation) would be waited for.
             error = RollfleetError(f"the source of prompts raised {type(exc).__name__}: {exc}")
             error.__cause__ = exc
             self._tell(lambda: setattr(self, "error", error))
@@ -203,4 +225,7 @@ class Feeder:
             self._some.set()
 
         if not self._stopped.is_set():
-            self._loop.call_soon_threadsafe(apply)
+            try:
+                self._loop.call_soon_threadsafe(apply)
+            except RuntimeError:  # the loop is closed: nobody is left to be told
+                self._stopped.set()

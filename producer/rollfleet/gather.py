@@ -231,6 +231,7 @@ class _Patience:
         self.began = time.monotonic()
         self._say_at = self.began + SAY_S
         self._timeout = asyncio.timeout(limit_s)
+        self._late = TimeoutError()
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
@@ -239,15 +240,20 @@ class _Patience:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        late = exc is self._late
         try:
             await self._timeout.__aexit__(kind, exc, tb)
         except TimeoutError:
+            late = True
+        if late:
             raise StarvedError(
                 f"{self.what} did not come within {self.limit_s:g} s: {await self.reason()}"
             ) from None
 
     async def say(self) -> None:
         """Now and then, log what is waited for."""
+        if self._timeout.expired():
+            raise self._late  # its cancellation was lost on the way (rollfleet_common.tasks)
         now = time.monotonic()
         if now >= self._say_at:
             self._say_at = now + SAY_S

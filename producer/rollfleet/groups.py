@@ -36,7 +36,7 @@ class Group:
     #: Order of first arrival.
     seq: int
     members: dict[int, Member] = field(default_factory=dict)
-    #: Stream entry and tombstone by index.
+    #: Stream entry ("" if it has none) and tombstone by index.
     tombstones: dict[int, tuple[str, Tombstone]] = field(default_factory=dict)
     #: Of the n, those that were launched to be cancelled when the others are there.
     surplus: int = 0

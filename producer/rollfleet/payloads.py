@@ -4,7 +4,7 @@
   ledger gets its credit back: never a hang, never a hole in a batch.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import structlog
 
@@ -21,7 +21,7 @@ __all__ = ["Accept", "Payloads"]
 log = structlog.get_logger("rollfleet.trainer")
 
 #: Bytes of payloads asked for in one reply.
-FETCH_BYTES = 8 << 20
+FETCH_BYTES = 2 << 20
 
 #: Told the rollouts of a group, by index; False drops it.
 Accept = Callable[[Sequence[Rollout]], bool]
@@ -47,13 +47,14 @@ class Payloads:
         loaded: dict[str, list[Rollout]] = {}
         for partition in {group.partition for group in groups}:
             here = [group for group in groups if group.partition == partition]
-            payloads = await self._fetch(partition, here)
-            for group in here:
-                rollouts, reason = self._decode(group, payloads)
-                if reason:
-                    await self.drop([group], reason)
-                else:
-                    loaded[group.name] = rollouts
+            for some in _pieces(here):
+                payloads = await self._fetch(partition, some)
+                for group in some:
+                    rollouts, reason = self._decode(group, payloads)
+                    if reason:
+                        await self.drop([group], reason)
+                    else:
+                        loaded[group.name] = rollouts
         return loaded
 
     async def _fetch(self, partition: int, groups: Sequence[Group]) -> dict[str, bytes | None]:
@@ -75,14 +76,13 @@ class Payloads:
         )
         return dict(zip(names, values, strict=True))
 
-    def _decode(
-        self, group: Group, payloads: Mapping[str, bytes | None]
-    ) -> tuple[list[Rollout], str]:
+    def _decode(self, group: Group, payloads: dict[str, bytes | None]) -> tuple[list[Rollout], str]:
         """Rollouts of one group, or why it cannot be used."""
         rollouts: list[Rollout] = []
         for index, member in sorted(group.members.items()):
             header = member.header
-            packed = payloads.get(header.payload)
+            # Taken out: what is decoded next is put where this one was.
+            packed = payloads.pop(header.payload, None)
             if packed is None:
                 log.error("payload missing", group=group.name, index=index, payload=header.payload)
                 return [], "lost"
@@ -98,6 +98,20 @@ class Payloads:
         if self.accept is not None and not self.accept(rollouts):
             return [], "rejected"
         return rollouts, ""
+
+
+def _pieces(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups in order, about :data:`FETCH_BYTES` at a time, so that two copies of little exist."""
+    piece: list[Group] = []
+    size = 0
+    for group in groups:
+        piece.append(group)
+        size += sum(member.header.payload_bytes for member in group.members.values())
+        if size >= FETCH_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 def _check_header(header: Header, samples: Sequence[Sample], where: str) -> None:

@@ -47,7 +47,9 @@ class Plan:
                 for m in g.members.values()
             ),
             groups=tuple((g.partition, g.name) for g in groups),
-            tombstones=tuple((g.partition, e) for g in groups for e, _ in g.tombstones.values()),
+            tombstones=tuple(
+                (g.partition, e) for g in groups for e, _ in g.tombstones.values() if e
+            ),
         )
 
     def dumps(self) -> bytes:

@@ -45,6 +45,7 @@ class Submitter:
         line: To Redis.
         out: Takes the prompts of the groups that are out, in case Redis forgets them.
         cursor: Position of the last prompt that was fed before; -1 if none was.
+        again: Positions up to that which are to be fed again.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Submitter:
         line: Line,
         out: MutableMapping[str, Prompt],
         cursor: int,
+        again: frozenset[int] = frozenset(),
     ) -> None:
         self.token = token
         self.prefix = prefix
@@ -70,6 +72,7 @@ class Submitter:
         self.check = check
         self.line = line
         self.cursor = cursor
+        self.again = again
         self.out = out
         #: Set whenever credit may have come back.
         self.credit = asyncio.Event()
@@ -90,11 +93,12 @@ class Submitter:
         """
         if self.feeding:
             raise SettingsError("a feed is running; one run is fed from one iterable at a time")
-        skip = self.cursor + 1
+        skip, again, self.again = self.cursor + 1, self.again, frozenset()
         if skip:
             log.info("resuming the feed", skip=skip)
         self.fed = False
-        self.feeder = Feeder(source, skip, self.settings.launched, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self.feeder = Feeder(source, skip, self.settings.launched, loop, again)
         self.feeder.start()
 
     async def feed(self) -> None:
@@ -109,7 +113,7 @@ class Submitter:
             await self._room(prompt.n)
             row = self.feeder.more(max(self.pacer.room, prompt.n))
             await self._submit([Submission(f"@{p.position}", p) for p in row])
-            self.cursor = row[-1].position
+            self.cursor = max(self.cursor, row[-1].position)
             self.feeder.took(len(row))
         self.fed = True
 
@@ -161,7 +165,11 @@ class Submitter:
 
     async def _room(self, samples: int) -> None:
         """Wait until the ledger has room for `samples`."""
-        while self.pacer.room < samples:
+        while True:
+            if not self.pacer.tallied:
+                await self.line(self.look, "read the ledger")
+            if self.pacer.room >= samples:
+                return
             self.credit.clear()
             try:
                 async with asyncio.timeout(LOOK_S):

@@ -12,7 +12,9 @@ async def test_empty_books(rig: Rig):
 
 async def test_every_place_is_told_apart(rig: Rig):
     await rig.streams.make_groups(["other"])
-    await rig.submit(prompt_of("g", 9), prompt_of("o", 3, route="other"), prompt_of("u", 2, route="un"))
+    await rig.submit(
+        prompt_of("g", 9), prompt_of("o", 3, route="other"), prompt_of("u", 2, route="un")
+    )
     claims = await rig.claim(7)
     waiting, flying, *rest = claims
     delayed, dead, *done = rest

@@ -30,7 +30,10 @@ async def test_submit_writes_every_sample_and_the_group_record(rig: Rig):
         (b"g", str(i).encode(), b"1", b"train", b"3") for i in range(3)
     ]
     assert await rig.record("g") == {
-        **{"n": "3", "kind": "train", "route": "default", "deadline": "77"},
+        "n": "3",
+        "kind": "train",
+        "route": "default",
+        "deadline": "77",
         **{str(i): f"p{entry.decode()}" for i, (entry, _) in enumerate(rows)},
     }
     books = await rig.books()
@@ -239,7 +242,10 @@ BODY = encode_prompt(prompt_of("g", 1), 1 << 20)
         ({"g": "g", "i": 0, "a": 1, "k": "train", "n": 1, "d": b"junk"}, "not msgpack|no message"),
         ({"g": "g", "a": 1, "k": "train", "n": 1, "d": BODY}, "missing field b'i'"),
         ({"g": "g", "i": "zero", "a": 1, "k": "train", "n": 1, "d": BODY}, "invalid literal"),
-        ({"g": "g", "i": 0, "a": b"\xff", "k": "train", "n": 1, "d": BODY}, "invalid literal|codec"),
+        (
+            {"g": "g", "i": 0, "a": b"\xff", "k": "train", "n": 1, "d": BODY},
+            "invalid literal|codec",
+        ),
         ({"g": "g", "i": 1, "a": 1, "k": "train", "n": 1, "d": BODY}, "member 1 of"),
         ({"g": "g", "i": -1, "a": 1, "k": "train", "n": 1, "d": BODY}, "member -1 of"),
         ({"g": "g", "i": 0, "a": 0, "k": "train", "n": 1, "d": BODY}, "attempt 0"),

@@ -124,8 +124,7 @@ class Auditor(Meter):
 def audited(scenario: Scenario) -> Trainer:
     clock = Clock()
     meter = Auditor(clock, scenario)
-    groups = lengths_of(scenario).groups(scenario.group_size, scenario.seed)
-    meter.trainer = Trainer(clock, scenario, groups, meter)
+    meter.trainer = Trainer(clock, scenario, lengths_of(scenario), meter)
     meter.trainer.start()
     clock.run()
     assert clock.stopped
@@ -140,8 +139,10 @@ def any_scenario(seed: int) -> Scenario:
         seed=seed,
         max_staleness=eta,
         pipeline_depth=(depth := r.randint(0, eta)),
-        # Torn groups leave credit for less than a group: at depth 0 that could be all there is.
+        # Torn groups, and those that gave a surplus back, leave credit for less than a group: at
+        # depth 0 that could be all there is.
         min_group_size=r.choice([None, 1, 3]) if depth else None,
+        oversample=r.choice([0, 0, 2]) if depth else 0,
         slots=r.choice([3, 16, 100]),
         sigma=r.choice([0.3, 1.0, 2.0]),
         group_correlation=r.choice([0.0, 0.5, 1.0]),
@@ -191,12 +192,19 @@ def test_early_cancel_saves_tokens() -> None:
     assert cancelled.samples_per_h > without.samples_per_h
 
 
+def test_the_first_of_a_group_are_taken_and_the_surplus_is_cancelled() -> None:
+    plain = simulate(replace(SMALL, failure_rate=0.0))
+    spared = simulate(replace(SMALL, failure_rate=0.0, oversample=2))
+    assert spared.dropped_by["surplus"] > 0.2  # of 6 launched, 2 are not needed
+    assert spared.length_bias < plain.length_bias
+    assert spared.over_bound == 0
+
+
 def test_a_cancelled_sample_frees_its_slot_and_counts_the_tokens_it_made() -> None:
     clock = Clock()
     scenario = replace(EVEN, update_s=2.0)
     meter = Meter(clock, scenario)
-    groups = lengths_of(scenario).groups(scenario.group_size, 0)
-    trainer = meter.trainer = Trainer(clock, scenario, groups, meter)
+    trainer = meter.trainer = Trainer(clock, scenario, lengths_of(scenario), meter)
     made: list[float] = []
     workers = trainer.workers
 
@@ -236,6 +244,7 @@ def test_a_fleet_in_which_nothing_can_happen_says_where_its_samples_are() -> Non
         ({"group_correlation": 2.0}, "it is from 0 to 1"),
         ({"failure_rate": 1.0}, "it is from 0 to below 1"),
         ({"max_tokens": 0}, "must be at least 1"),
+        ({"oversample": -1}, "oversample is -1; it must be at least 0"),
         ({"min_group_size": 5}, "it is from 1 to group_size = 4"),
         ({"pipeline_depth": 3}, "is more than max_staleness = 2"),
         ({"group_size": 5}, "is no multiple of group_size = 5"),

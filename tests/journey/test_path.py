@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rollfleet
 import torch
 from fixtures.fleet_processes import Processes, lines
-from rollfleet.freshness import BasePolicy
 from support import wait_until, wait_until_async
 from torch.utils.data import DataLoader
+
+import rollfleet
+from rollfleet.freshness import BasePolicy
 
 SHAPE: dict[str, Any] = {"samples_per_version": 8, "group_size": 4, "starve_s": 30.0}
 

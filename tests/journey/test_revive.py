@@ -3,12 +3,17 @@
 from collections import Counter
 from typing import Any
 
+import msgpack
 import pytest
 import redis
 from fixtures.fleet_processes import Processes
-from support import wait_until
+from fixtures.rig import delivery_of
+from support import wait_until, wait_until_async
 
 import rollfleet
+from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.redis import connect
+from rollfleet_common.streams import Delivered, Streams
 
 SHAPE: dict[str, Any] = {
     "samples_per_version": 8,
@@ -89,3 +94,32 @@ def test_an_outage_that_lost_nothing_sends_nothing_again(redis_url: str) -> None
         wait_until(lambda: not fleet.aio.line.suspect, "the trainer looked")
         wait_until(lambda: not fleet.aio.reviver._lock.locked(), "the look is over")
         assert fleet.books().submitted == 4
+
+
+async def test_a_header_of_another_release_is_counted_and_its_group_closes(redis_url: str) -> None:
+    """A rolling deploy: what a worker of another wire version brought is dropped, not lost."""
+    settings = rollfleet.TrainerSettings(redis_url=redis_url, run="mixed", **SHAPE)
+    client = connect(redis_url, role="test")
+    streams = Streams(client, PartitionKeys("mixed", 0))
+    async with client, rollfleet.AsyncFleet(settings) as fleet:
+        await fleet.submit({"token_ids": [1], "n": 2})
+        await streams.make_groups(["default"])
+        claims, _ = await streams.claim(client, "w", ["default"], 2, None)
+        deliveries = [delivery_of(claim) for claim in claims]
+        assert await streams.deliver("w", deliveries) == [Delivered.YES] * 2
+        # The reader of this release cannot tell what release 99 wrote.
+        for entry, fields in await client.xrange(streams.keys.rollouts):
+            if fields[b"i"] == b"0":
+                await client.xdel(streams.keys.rollouts, entry)
+                await client.xadd(
+                    streams.keys.rollouts, fields | {b"h": msgpack.packb([99, "?"])}, id="*"
+                )
+
+        async def over() -> bool:
+            books = await fleet.books()
+            return books.dropped == {"undecodable": 1, "torn": 1}
+
+        await wait_until_async(over, "both are dropped")
+        books = await fleet.books()
+        assert (books.balance, books.outstanding, books.counters.get("garbage", 0)) == (0, 0, 0)
+        assert [key async for key in client.scan_iter("rf:{mixed/0}:payload:*")] == []

@@ -48,9 +48,7 @@ def test_more_credit_than_was_known_is_no_debt():
     size=st.integers(1, 32),
     events=st.lists(st.sampled_from(["fill", "train", "drop", "publish"]), max_size=60),
 )
-def test_no_history_lets_more_out_than_the_pipeline_holds(
-    depth: int, size: int, events: list[str]
-):
+def test_no_history_lets_more_out_than_the_pipeline_holds(depth: int, size: int, events: list[str]):
     pacer = Pacer(depth, size)
     for event in events:
         if event == "fill" and pacer.room > 0:

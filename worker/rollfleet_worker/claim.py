@@ -15,12 +15,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import structlog
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.messages import Claim
-from rollfleet_common.redis import is_transient
+from rollfleet_common.redis import is_transient, translate
 from rollfleet_common.streams import Garbage, Streams
 from rollfleet_worker.metrics import Metrics
 from rollfleet_worker.settings import WorkerSettings
@@ -182,7 +182,7 @@ class Claimer:
 
     async def _away(self, exc: Exception) -> None:
         if not is_transient(exc):
-            raise exc
+            raise translate(exc) if isinstance(exc, RedisError) else exc
         wait_s = random.uniform(0, AWAY_S)
         self.on_wait(exc, wait_s)
         await asyncio.sleep(wait_s)

@@ -28,7 +28,7 @@ from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import BrokerSetupError, RollfleetError
 from rollfleet_common.keys import RunKeys, check_name
 from rollfleet_common.leases import Failure, Leases
-from rollfleet_common.messages import Claim, Kind, PolicyVersion
+from rollfleet_common.messages import NO_VERSION, Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
 from rollfleet_common.streams import Streams
 from rollfleet_common.tasks import cancel_all
@@ -80,7 +80,14 @@ class Worker:
         self._running: dict[str, PolicyVersion] = {}
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
+        #: A call failed, and none was answered since; so for a moment at least.
+        self._away = False
         self._away_until = 0.0
+        self.metrics.busy.set_function(lambda: len(self._running))
+        self.metrics.outbox_bytes.set_function(lambda: sum(box.bytes for box in self.outboxes))
+        self.metrics.version.set_function(
+            lambda: NO_VERSION if self.follower is None else self.follower.policy.version
+        )
         self._started_ms = int(time.time() * 1000)
         self._counts = {"delivered": 0, "failed": 0}
 
@@ -160,16 +167,23 @@ class Worker:
         return self.follower
 
     def _on_wait(self, exc: Exception, wait_s: float) -> None:
-        if time.monotonic() > self._away_until:
+        if not self._away:
             log.warning("redis is away", error=str(exc))
             self.metrics.disruptions.inc()
-        self._away_until = time.monotonic() + max(wait_s, 1.0) + 1.0
+        self._away = True
+        self._away_until = time.monotonic() + max(wait_s, 1.0)
+
+    def _on_answer(self) -> None:
+        """Redis answered: it is back, unless another part has failed just now."""
+        if self._away and time.monotonic() > self._away_until:
+            log.info("redis is back")
+            self._away = False
 
     def why_not(self) -> str:
         """Why this worker cannot claim now; "" if it can."""
         if self._stopping.is_set():
             return "draining"
-        if time.monotonic() < self._away_until:
+        if self._away:
             return "no-redis"
         if self.follower is None or not self.follower.opened.is_set():
             return "no-run"
@@ -218,9 +232,6 @@ class Worker:
             if why == "no-redis":
                 return  # claiming is how we find out that it is back
             await asyncio.sleep(GATE_S)
-        self.metrics.busy.set(len(self._running))
-        self.metrics.outbox_bytes.set(sum(outbox.bytes for outbox in self.outboxes))
-        self.metrics.version.set(self._follower.policy.version)
 
     # ---- its own life ------------------------------------------------------------------------
 
@@ -268,13 +279,20 @@ class Worker:
         try:
             if s.health_port is not None:
                 await health.start(s.health_host, s.health_port)
-            report = await retry(
-                lambda: check_server(client, strict=s.strict),
-                what=f"reach Redis at {safe_url(url)}",
-                deadline_s=None,
-                on_wait=self._on_wait,
-                url=url,
+            checking = asyncio.create_task(
+                retry(
+                    lambda: check_server(client, strict=s.strict),
+                    what=f"reach Redis at {safe_url(url)}",
+                    deadline_s=None,
+                    on_wait=self._on_wait,
+                    url=url,
+                )
             )
+            await _first(self._stopping.wait(), checking)
+            if not checking.done():
+                await cancel_all([checking])
+                return OK  # told to stop before Redis was ever reached
+            report = checking.result()
             for warning in report.warnings:
                 log.warning(warning)
             log.info(
@@ -290,7 +308,11 @@ class Worker:
             reader = connect(url, role=f"follow-{self.id}", blocking=True, block_s=2.0)
             readers.append(reader)
             self.follower = Follower(
-                Board(client, self.keys), reader, self._on_wait, self._cancel_hopeless
+                Board(client, self.keys),
+                reader,
+                self._on_wait,
+                self._on_answer,
+                self._cancel_hopeless,
             )
             return await self._work(client, url, readers)
         finally:
@@ -336,7 +358,6 @@ class Worker:
                 failed = await self._watch(tasks)
             elif follower.shape is not None and not self._stopping.is_set():
                 pulse = self._build(client, url, readers, follower.shape.partitions)
-                await pulse.show_once()
                 tasks += [
                     asyncio.create_task(outbox.pump(), name="deliver") for outbox in self.outboxes
                 ]

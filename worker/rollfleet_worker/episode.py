@@ -8,7 +8,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class Episodes:
         workflow = self.workflows[claim.prompt.route]
         with boundary(DataError, f"workflow {type(workflow).__name__}, {where}"):
             async with asyncio.timeout(self.timeout_s):
-                made: Any = await workflow.run(claim.prompt, context)
+                made: Any = await _contained(workflow.run(claim.prompt, context))
             samples = [made] if isinstance(made, Sample) else made
             if not isinstance(samples, Sequence) or not all(isinstance(s, Sample) for s in samples):
                 raise TypeError(
@@ -136,6 +136,20 @@ class Episodes:
             generate_ms=int(context.generate_s * 1000),
             reward_ms=int(context.reward_s * 1000),
         )
+
+
+async def _contained(episode: Awaitable[Any]) -> Any:
+    """What would end the whole worker, or look like a cancellation of ours, is an error like any."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await episode
+    except SystemExit as exc:
+        raise RuntimeError(f"it raised SystemExit({exc.code!r})") from exc
+    except asyncio.CancelledError as exc:
+        if task is None or task.cancelling() > before:
+            raise
+        raise RuntimeError("it raised a CancelledError of its own") from exc
 
 
 def _describe(made: object) -> str:

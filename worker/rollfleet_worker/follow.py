@@ -22,6 +22,8 @@ log = structlog.get_logger("rollfleet.worker")
 
 #: How long one blocking read waits: also the longest that a lost wake-up goes unnoticed.
 BLOCK_MS = 1000
+#: Pause after a read that failed, so that one that always fails does not spin.
+AGAIN_S = 0.2
 
 
 class Follower:
@@ -32,6 +34,7 @@ class Follower:
         board: Board,
         reader: Any,
         on_wait: Callable[[Exception, float], None],
+        on_answer: Callable[[], None],
         on_change: Callable[[PolicyVersion], None],
     ) -> None:
         self.board = board
@@ -40,6 +43,7 @@ class Follower:
         self.shape: Shape | None = None
         self.opened = asyncio.Event()
         self._on_wait = on_wait
+        self._on_answer = on_answer
         self._on_change = on_change
 
     @property
@@ -58,9 +62,11 @@ class Follower:
                 if not is_transient(exc) and not isinstance(exc, ResponseError):
                     raise
                 last = "$"  # the stream was lost or trimmed: the poll is the truth
+                await asyncio.sleep(AGAIN_S)
 
     async def _read(self) -> None:
         found = await self.board.read()
+        self._on_answer()
         if found is None:
             return
         policy, shape = found

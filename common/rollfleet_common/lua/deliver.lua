@@ -1,6 +1,6 @@
 -- Publish rollouts and take their prompts off, each if and only if the lease is still ours.
--- Lua does not roll back, so the order is: check, PERSIST, XADD, and only then XACK and XDEL: a
--- refusal on the first write (out of memory) leaves the prompt pending.
+-- Lua does not roll back, so the order is: check, PERSIST, XADD, and only then XACK and XDEL. Out of
+-- memory, the payload's SET ahead of this script is refused, and the prompt stays pending.
 -- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones, then per item: prompts stream, group, payload
 -- ARGV 1 consumer, then per item:
 --      entry, index, kind, epoch, min_version, header, group, n, task, position
@@ -37,7 +37,8 @@ while arg <= #ARGV do
     -- PERSIST alone would also refuse a payload that an earlier, refused call has persisted.
     state = -2
   else
-    local header = redis.call('XADD', KEYS[3], '*', 'h', ARGV[arg + 5])
+    local header = redis.call('XADD', KEYS[3], '*', 'h', ARGV[arg + 5], 'g', ARGV[arg + 6],
+      'i', index, 'n', ARGV[arg + 7], 'k', kind, 'p', string.match(KEYS[key + 2], ':payload:(.*)$'))
     if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'r' .. header) end
     redis.call('HINCRBY', KEYS[2], 'delivered', 1)
     state = 1

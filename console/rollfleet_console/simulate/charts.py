@@ -14,7 +14,7 @@ __all__ = ["draw", "need_matplotlib"]
 #: Effective throughput at ETAS, AReaL (arXiv 2505.24298): figure 5c (thousand tokens/s), and the
 #: 8-GPU table. Read off the publication.
 AREAL = {
-    "AReaL, 128 GPUs": (128.7, 269.3, 356.6, 356.6, 371.7, 382.4),
+    "AReaL, figure 5c": (128.7, 269.3, 356.6, 356.6, 371.7, 382.4),
     "AReaL, 8 GPUs": (27.1, 47.8, 47.8, 49.0, 51.5, 52.0),
 }
 #: One hue, darker with the spread of lengths.
@@ -45,7 +45,7 @@ def need_matplotlib() -> Any:
             "axes.grid": True,
             "grid.alpha": 0.25,
             "legend.frameon": False,
-            "figure.dpi": 110,
+            "figure.dpi": 100,
         }
     )
     return plt
@@ -83,7 +83,7 @@ def _throughput(plt: Any, swept: dict[str, Any]) -> Any:
     """Trained samples an hour by staleness, a panel for each number of slots."""
     table, base = swept["table"], swept["reference"]
     sizes = sorted({row["slots"] for row in table})
-    figure, axes = plt.subplots(1, len(sizes), figsize=(11, 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, len(sizes), figsize=(11, 3.0), layout="constrained")
     for axis, slots in zip(axes, sizes, strict=True):
         for sigma in SIGMAS:
             for cancel in (True, False):
@@ -95,7 +95,9 @@ def _throughput(plt: Any, swept: dict[str, Any]) -> Any:
         factor = slots / base["samples_per_version"]
         _axis(axis, f"{slots} slots = {factor:g} x samples of a version", "")
     axes[0].set_ylabel("trained samples per hour, thousands")
-    axes[-1].legend(fontsize=7, loc="upper left")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=6
+    )
     return figure
 
 
@@ -138,7 +140,7 @@ def _cost(plt: Any, swept: dict[str, Any]) -> Any:
     """What the bound costs: tokens, long prompts, and how old the rest is."""
     base = swept["reference"]
     rows = select(swept["table"], slots=base["slots"], early_cancel=True)
-    figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3.0), layout="constrained")
     panels = (
         ("slots_generating", "slot time that generates, %"),
         ("tokens_dropped", "tokens made and dropped, %"),

@@ -34,6 +34,9 @@ def simulate(
     min_group_size: Annotated[
         int | None, typer.Option(help="Train on torn groups of so many.", show_default="whole only")
     ] = None,
+    oversample: Annotated[
+        int, typer.Option(help="Samples launched beyond a group, to take the first.")
+    ] = _R.oversample,
     median_s: Annotated[float, typer.Option(help="Median duration of a rollout.")] = _R.median_s,
     sigma: Annotated[float, typer.Option(help="Spread: of the log of durations.")] = _R.sigma,
     group_correlation: Annotated[
@@ -57,7 +60,7 @@ def simulate(
     retry_s: Annotated[float, typer.Option(help="Delay of a retry.")] = _R.retry_s,
     attempts: Annotated[int, typer.Option(help="Attempts before a sample dies.")] = _R.attempts,
     early_cancel: Annotated[
-        bool, typer.Option("--early-cancel/--no-early-cancel", help="Cancel what is hopeless.")
+        bool, typer.Option("--early-cancel/--no-early-cancel", help="Stop what is hopeless.")
     ] = _R.early_cancel,
     renew_s: Annotated[float, typer.Option(help="Between lease renewals.")] = _R.renew_s,
     pacing_only: Annotated[

@@ -64,13 +64,15 @@ def _drops(c: Comparison) -> RenderableType:
     r = c.result
     names = {
         "cancel": "cancelled in flight",
+        "surplus": "cancelled as surplus",
         "deliver": "refused at deliver",
-        "close": "dropped when the group closed: siblings of a sample given up, or aged",
+        "close": "dropped as the group closed: aged, or siblings of a sample given up",
         "sweep": "dropped by the sweep at hand-over",
     }
     table = Table.grid(padding=(0, 2))
     for guard, words in names.items():
-        table.add_row(f"{r.dropped_by.get(guard, 0):6.2%}", words)
+        if guard != "surplus" or c.scenario.oversample:
+            table.add_row(f"{r.dropped_by.get(guard, 0):6.2%}", words)
     lines: list[RenderableType] = [
         f"[bold]dropped: {r.dropped:.1%} of samples, {r.tokens_dropped:.1%} of tokens[/]",
         table,
@@ -116,6 +118,8 @@ def render_sweep(swept: dict[str, Any], base: Scenario) -> RenderableType:
 
 def _goals(goals: list[Row]) -> Table:
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(no_wrap=True)
     for goal in goals:
         mark = "[green]met[/]" if goal["met"] else "[red]missed[/]"
         table.add_row(mark, goal["value"], goal["goal"])

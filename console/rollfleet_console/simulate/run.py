@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollfleet_common.errors import StarvedError
 from rollfleet_console.simulate.clock import Clock
 from rollfleet_console.simulate.lengths import Lengths, Lognormal, Recorded
 from rollfleet_console.simulate.result import Meter, Result
@@ -30,15 +29,11 @@ def simulate(scenario: Scenario, lengths: Lengths | None = None) -> Result:
         StarvedError: A batch never came.
     """
     scenario.check()
-    source = lengths or lengths_of(scenario)
     clock = Clock()
     meter = Meter(clock, scenario)
-    groups = source.groups(scenario.group_size, scenario.seed)
-    trainer = meter.trainer = Trainer(clock, scenario, groups, meter)
-    trainer.start()
+    meter.trainer = Trainer(clock, scenario, lengths or lengths_of(scenario), meter)
+    meter.trainer.start()
     clock.run()
-    if not clock.stopped:
-        raise StarvedError(f"nothing can happen any more: {trainer.say()}")
     return meter.result()
 
 

@@ -29,6 +29,8 @@ class Scenario:
     pipeline_depth: int | None = None
     #: Train on a torn group of at least so many samples; None: whole groups only.
     min_group_size: int | None = None
+    #: Samples launched beyond `group_size`: the first of a group are taken, the rest cancelled.
+    oversample: int = 0
     #: Lognormal duration of a rollout that runs alone on a slot.
     median_s: float = 30.0
     sigma: float = 1.0
@@ -47,7 +49,7 @@ class Scenario:
     failure_rate: float = 0.01
     retry_s: float = 5.0
     attempts: int = 3
-    #: Cancel what cannot be trained on any more, at the renewal of its lease.
+    #: Stop what has become too old, and cancel the rest of its group.
     early_cancel: bool = True
     #: A fifth of the lease of 30 s.
     renew_s: float = 6.0
@@ -67,9 +69,9 @@ class Scenario:
         return self.max_staleness if self.pipeline_depth is None else self.pipeline_depth
 
     @property
-    def least(self) -> int:
-        """Samples of a group that must come."""
-        return self.group_size if self.min_group_size is None else self.min_group_size
+    def launched(self) -> int:
+        """Samples launched for one prompt."""
+        return self.group_size + self.oversample
 
     @property
     def skipped(self) -> int:
@@ -95,12 +97,13 @@ class Scenario:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("sigma", "train_s", "update_s", "retry_s", "skipped"):
+        for name in ("sigma", "train_s", "update_s", "retry_s", "skipped", "oversample"):
             if not getattr(self, name) >= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if not 1 <= self.least <= self.group_size:
+        least = self.group_size if self.min_group_size is None else self.min_group_size
+        if not 1 <= least <= self.group_size:
             raise SettingsError(
-                f"min_group_size is {self.least}; it is from 1 to group_size = {self.group_size}"
+                f"min_group_size is {least}; it is from 1 to group_size = {self.group_size}"
             )
         if not 0 <= self.group_correlation <= 1:
             raise SettingsError(f"group_correlation is {self.group_correlation}; it is from 0 to 1")
@@ -110,8 +113,19 @@ class Scenario:
             raise SettingsError(f"max_tokens is {self.max_tokens}; it must be at least 1")
 
     def synchronous(self) -> "Scenario":
-        """The same fleet and trainer, taking turns: max_staleness = 0."""
-        return replace(self, max_staleness=0, pipeline_depth=0, warm_up=None)
+        """The same fleet and trainer, taking turns: max_staleness = 0.
+
+        With whole groups and none to spare: what a torn group or a surplus gives back at depth 0
+        may be room for less than a group, and then nothing could happen any more.
+        """
+        return replace(
+            self,
+            max_staleness=0,
+            pipeline_depth=0,
+            min_group_size=None,
+            oversample=0,
+            warm_up=None,
+        )
 
     def colocated(self) -> "Scenario":
         """Synchronous on the same accelerators, all of which generate and then all of which train.

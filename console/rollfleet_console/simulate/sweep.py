@@ -2,7 +2,7 @@
 
 - The axes and the goals were fixed before the first run. A goal that is missed is reported.
 - Beside the table: the reference with a budget of tokens, with pacing alone, with a pipeline apart
-  from the bound, and with other seeds.
+  from the bound, with samples to spare, and with other seeds.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,9 @@ SLOTS = (0.25, 0.5, 1.0, 2.0)
 #: The budget of the capped variant, in medians.
 CAP_MEDIANS = 8
 SEEDS = (1, 2, 3, 4)
-#: The lower one of AReaL's two published tables.
+#: Samples launched beyond a group of 8.
+SPARES = (1, 2, 4)
+#: The lower one of AReaL's two published tables; the other is 92 %.
 LEAST_SHAPE = 0.70
 #: (max_staleness, pipeline_depth), to be compared with their diagonal in the table.
 APART = ((2, 1), (4, 1), (4, 2), (8, 2), (8, 4))
@@ -94,6 +96,8 @@ def _plan(base: Scenario) -> Iterator[tuple[str, Scenario]]:
         yield "pacing_only", replace(base, max_staleness=eta, pacing_only=True)
     for eta, depth in APART:
         yield "apart", replace(base, max_staleness=eta, pipeline_depth=depth)
+    for spare in SPARES:
+        yield "oversampled", replace(base, oversample=spare)
     for seed in SEEDS:
         yield "seeds", replace(base, seed=seed)
 
@@ -102,6 +106,7 @@ def _row(scenario: Scenario, twins: _Twins) -> Row:
     row: Row = {
         "max_staleness": scenario.max_staleness,
         "pipeline_depth": scenario.depth,
+        "oversample": scenario.oversample,
         "sigma": scenario.sigma,
         "early_cancel": scenario.early_cancel,
         "slots": scenario.slots,
@@ -135,13 +140,13 @@ def goals(base: Scenario, parts: dict[str, list[Row]]) -> list[Row]:
         early_cancel=True,
         slots=base.slots,
     )
-    guarded = [*table, *parts["capped"], *parts["apart"], *parts["seeds"]]
+    guarded = [row for part, rows in parts.items() if part != "pacing_only" for row in rows]
     over = max((row["over_bound"] for row in guarded if not row["starved"]), default=1.0)
     starved = sum(1 for row in guarded if row["starved"])
     rows = [
         {
-            "goal": "no trained token over the bound, in any run with guards",
-            "value": f"{over:.2%} at most, {len(guarded)} runs",
+            "goal": "no trained token over the bound, all runs with guards",
+            "value": f"{over:.2%} at most",
             "met": over == 0.0,
         },
         {
@@ -178,7 +183,7 @@ def _published(reference: list[Row], capped: list[Row]) -> Iterator[Row]:
             if not row["starved"]:
                 gain = row["speedup_colocated"]
                 yield {
-                    "goal": f"{name}: gain over synchronous by turns as published, 1.5 to 2.8x",
+                    "goal": f"{name}: over synchronous by turns, published 1.5 to 2.8x",
                     "value": f"{gain:.2f}x",
                     "met": 1.5 <= gain <= 2.8,
                 }
@@ -188,17 +193,17 @@ def _shape(base: Scenario, parts: dict[str, list[Row]]) -> Iterator[Row]:
     """The shape of AReaL's table: one version of staleness buys most of what sixteen do."""
     mine = select(parts["table"], sigma=base.sigma, early_cancel=True)
     cases = [
-        (f"slots = {slots / base.samples_per_version:g} x samples of a version", rows)
+        (f"slots = {slots / base.samples_per_version:g} x samples", rows)
         for slots in sorted({row["slots"] for row in mine})
         if (rows := select(mine, slots=slots))
     ]
-    cases.append((f"reference, budget of {CAP_MEDIANS} medians", parts["capped"]))
+    cases.append((f"budget of {CAP_MEDIANS} medians", parts["capped"]))
     for name, rows in cases:
         rate = {row["max_staleness"]: row["samples_per_h"] for row in rows if not row["starved"]}
         if 1 in rate and 16 in rate:
             share = rate[1] / rate[16]
             yield {
-                "goal": f"{name}: throughput at 1 is at least {LEAST_SHAPE:.0%} of that at 16",
-                "value": f"{share:.0%} (published: 92 % and 70 %)",
+                "goal": f"{name}: at 1, {LEAST_SHAPE:.0%} of the rate at 16",
+                "value": f"{share:.0%}",
                 "met": share >= LEAST_SHAPE,
             }

@@ -4,10 +4,12 @@
   that of ``for batch in fleet.batches(): train; fleet.publish()``.
 - Credit returns as it does there: with a sample refused or given up at once, with a dropped group
   when it is dropped, with a batch when it was trained but not before the next version.
+- Cancelling is done as there: workers stop what is too old when a version is published; the rest
+  of a group that can not become whole, or needs no more, is settled at once and stopped at the
+  renewal of its leases.
 - Where the guards stand is marked in the code. The first three save work; the fourth guarantees.
 """
 
-from collections.abc import Iterator
 from typing import Protocol
 
 from rollfleet.capacity import Pacer
@@ -18,6 +20,7 @@ from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Header, Kind, Tombstone
 from rollfleet_common.staleness import staleness
 from rollfleet_console.simulate.clock import Clock
+from rollfleet_console.simulate.lengths import Lengths
 from rollfleet_console.simulate.scenario import Scenario
 from rollfleet_console.simulate.shelf import Shelf
 from rollfleet_console.simulate.workers import Place, Task, Work, Workers
@@ -50,7 +53,7 @@ class Trainer:
     Args:
         clock: Virtual.
         scenario: What is simulated.
-        lengths: (duration in seconds, tokens) of every sample, group by group, without end.
+        lengths: Of its rollouts.
         watcher: Is told what happens.
         policy: None: the scenario's. Payloads are not simulated, so nothing is refined.
     """
@@ -59,19 +62,19 @@ class Trainer:
         self,
         clock: Clock,
         scenario: Scenario,
-        lengths: Iterator[list[tuple[float, float]]],
+        lengths: Lengths,
         watcher: Watcher,
         policy: Policy | None = None,
     ) -> None:
         s = scenario
         self.clock = clock
         self.scenario = s
-        self.lengths = lengths
+        self.lengths = lengths.groups(s.launched, s.seed)
         self.watcher = watcher
         self.version = 0
         self.policy = policy or policy_of(s)
         self.pacer = Pacer(s.depth, s.samples_per_version)
-        self.groups = Groups()
+        self.groups = Groups(lambda n: s.oversample if n == s.launched else 0)
         self.shelf = Shelf(self.policy)
         self.books = Books()
         self.workers = Workers(clock, s, lambda: self.version, self._deliver, self._fail)
@@ -80,21 +83,18 @@ class Trainer:
         self.waits_since: float | None = None
         self.batch: list[Group] = []
         self._tasks: dict[str, Task] = {}
-        #: Since the last renewal: groups that lost a sample, and whether a version went by.
-        self._torn: dict[Task, None] = {}
-        self._aged = False
+        self._least = getattr(self.policy, "least", lambda group: group.need)
 
     def start(self) -> None:
         """Begin to feed and to wait for the first batch."""
-        if self.scenario.early_cancel:
-            self.clock.at(self.scenario.renew_s, self._renew)
+        self.clock.at(self.scenario.renew_s, self._renew)
         self._next_batch()
 
     def take_stock(self) -> Books:
         """The books, with every place counted where the samples are."""
         books, workers = self.books, self.workers
         books.waiting, books.delayed = workers.waiting, workers.delayed
-        books.in_flight = len(workers.running)
+        books.in_flight = len(workers.running) - len(workers.lost)
         held = [*self.groups.open.values(), *self.shelf.ready.values(), *self.batch]
         books.handed_out = sum(len(group.members) for group in held)
         books.outstanding = self.pacer.outstanding
@@ -103,7 +103,7 @@ class Trainer:
     # ---- guard 1: pacing at submit -----------------------------------------------------------
 
     def _feed(self) -> None:
-        n = self.scenario.group_size
+        n = self.scenario.launched
         while self.pacer.room >= n:
             task = Task(f"p{self.books.submitted // n}")
             lengths = next(self.lengths)
@@ -115,23 +115,29 @@ class Trainer:
                 self.workers.put(work)
         self.workers.fill()
 
-    # ---- guard 2: cancel at the renewal of leases --------------------------------------------
+    # ---- guard 2: cancel in flight -----------------------------------------------------------
+
+    def _stop_late(self) -> None:
+        """A version was published: workers stop what began before its horizon."""
+        floor = self.policy.horizon(self.version)
+        for work in [w for w in self.workers.running if w.version < floor]:
+            # A sibling that was stopped just now may have taken it with it.
+            if work.place is Place.RUNNING:
+                self.watcher.wasted(work, "cancel", self.workers.cancel(work))
+                if not work.over:
+                    self._give_up(work, "stale")
+
+    def _withdraw(self, task: Task, reason: str, guard: str) -> None:
+        """Settle all of a group that has not come yet."""
+        for work in task.open:
+            if self.workers.withdraw(work, guard):
+                self.watcher.wasted(work, guard, 0.0)
+            self._give_up(work, reason)
 
     def _renew(self, _: object) -> None:
-        """Cancel what can not be trained on any more."""
-        tasks, self._torn = self._torn, {}
-        if self._aged:
-            self._aged = False
-            tasks = dict.fromkeys(self._tasks.values())
-        floor = self.policy.horizon(self.version)
-        for task in tasks:
-            late = task.older_than(floor, Place.RUNNING)
-            left = len(task.works) - task.gone - len(late)
-            # One delivered sample that is too old spoils its group, as too few samples do.
-            spoiled = left < self.scenario.least or task.older_than(floor, Place.DELIVERED)
-            for work in task.open if spoiled else late:
-                self.watcher.wasted(work, "cancel", self.workers.cancel(work))
-                self._give_up(work, "stale")
+        """Workers learn which leases they lost."""
+        for work, guard in list(self.workers.lost.items()):
+            self.watcher.wasted(work, guard, self.workers.cancel(work))
         self._feed()
         self._starved()
         self.clock.at(self.clock.now + self.scenario.renew_s, self._renew)
@@ -139,6 +145,10 @@ class Trainer:
     # ---- guard 3: refusal at deliver ---------------------------------------------------------
 
     def _deliver(self, work: Work) -> None:
+        if work.over:
+            work.place = Place.ENDED
+            self.watcher.wasted(work, "cancel", work.tokens)
+            return
         if work.version < self.policy.horizon(self.version):
             work.place = Place.ENDED
             self.watcher.wasted(work, "deliver", work.tokens)
@@ -152,37 +162,48 @@ class Trainer:
 
     def _fail(self, work: Work) -> None:
         made = work.tokens * work.span_s / work.duration_s
-        if work.attempt < self.scenario.attempts:
+        if work.over:
+            self.watcher.wasted(work, "cancel", made)
+        elif work.attempt < self.scenario.attempts:
             self.watcher.lost(made)
-            return
-        self.watcher.wasted(work, "dead", made)
-        self._give_up(work, "dead")
-        self._feed()
+        else:
+            self.watcher.wasted(work, "dead", made)
+            self._give_up(work, "dead")
+            self._feed()
 
     def _give_up(self, work: Work, reason: str) -> None:
         """A tombstone: the credit of this sample returns, and its group may close by it."""
         task = work.task
-        task.gone += 1
-        self._torn[task] = None
         if reason == "dead":
             self.books.dead += 1
         else:
             self.books.dropped[reason] = self.books.dropped.get(reason, 0) + 1
         self.pacer.settled(1)
+        if task.closed:
+            return
         tombstone = Tombstone(
             task.name, work.index, len(task.works), Kind.TRAIN, "default", reason, ""
         )
-        self._closed(self.groups.bury(0, "", tombstone))
+        closed = self.groups.bury(0, "", tombstone)
+        self._closed(closed)
+        if closed is None and reason != "torn" and self.scenario.early_cancel:
+            group = self.groups.open[task.name]
+            if group.n - len(group.tombstones) < self._least(group):
+                self._withdraw(task, "torn", "cancel")
 
     # ---- groups close ------------------------------------------------------------------------
 
     def _closed(self, group: Group | None) -> None:
         if group is None:
             return
+        task = self._tasks[group.name]
+        task.closed = True
         reason = self.shelf.judge(group, self.version)
         if reason is not None:
             self._drop(group, reason, "close")
-            self._feed()
+        if group.n > group.arrived:
+            self._withdraw(task, "surplus", "surplus")
+        self._feed()
         self._choose()
 
     def _drop(self, group: Group, reason: str, guard: str) -> None:
@@ -232,7 +253,7 @@ class Trainer:
         return (
             f"{books.waiting} wait, {books.in_flight} run, {books.delayed} wait for another "
             f"attempt, {ready} are ready, {books.dead} died, room for {self.pacer.room} more "
-            f"and groups are of {self.scenario.group_size}"
+            f"and groups are of {self.scenario.launched}"
         )
 
     def _hand_over(self, groups: list[Group]) -> None:
@@ -257,7 +278,6 @@ class Trainer:
 
     def _publish(self, _: object) -> None:
         self.version += 1
-        self._aged = True
         samples = sum(len(group.members) for group in self.batch)
         self.batch = []
         self.books.committed += samples
@@ -265,6 +285,8 @@ class Trainer:
         self.watcher.published(self.version)
         if self.clock.stopped:
             return
+        if self.scenario.early_cancel:
+            self._stop_late()
         # The credit is released before workers go on, so that they find prompts.
         self._next_batch()
         self.workers.resume()

@@ -49,6 +49,8 @@ class Work:
     #: Of this attempt, if nothing pauses it.
     span_s: float = 0.0
     fails: bool = False
+    #: Settled by the trainer while it ran: it holds a slot, but nothing else any more.
+    over: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -57,18 +59,14 @@ class Task:
 
     name: str
     works: list[Work] = field(default_factory=list)
-    #: Samples given up.
-    gone: int = 0
-
-    def older_than(self, version: int, place: Place) -> list[Work]:
-        """Samples in a place that began under an older version."""
-        return [w for w in self.works if w.place is place and w.version < version]
+    #: Whole, or given up: what still runs is needless.
+    closed: bool = False
 
     @property
     def open(self) -> list[Work]:
         """Samples that have neither come nor been given up."""
         done = (Place.DELIVERED, Place.ENDED)
-        return [w for w in self.works if w.place not in done]
+        return [w for w in self.works if w.place not in done and not w.over]
 
 
 class Workers:
@@ -96,6 +94,8 @@ class Workers:
         self.done = done
         self.failed = failed
         self.running: dict[Work, None] = {}
+        #: Of these, leases that are lost, which is learnt at the next renewal; and to which guard.
+        self.lost: dict[Work, str] = {}
         self.waiting = 0
         self.delayed = 0
         #: Slot-seconds that held a rollout, and that generated.
@@ -151,6 +151,15 @@ class Workers:
         work.place = Place.ENDED
         return made
 
+    def withdraw(self, work: Work, guard: str) -> bool:
+        """The trainer settled a sample; returns whether it is gone, or holds its slot for now."""
+        if work.place is not Place.RUNNING:
+            self.cancel(work)
+            return True
+        work.over = True
+        self.lost[work] = guard
+        return False
+
     def count(self) -> None:
         """Bring the slot-seconds up to now."""
         passed = (self.clock.now - self._counted_s) * len(self.running)
@@ -187,7 +196,7 @@ class Workers:
         else:
             work.place = Place.ENDED
             self.failed(work)
-            if work.attempt < self.scenario.attempts:
+            if work.attempt < self.scenario.attempts and not work.over:
                 work.attempt += 1
                 work.place = Place.DELAYED
                 self.delayed += 1
@@ -203,6 +212,7 @@ class Workers:
     def _free(self, work: Work) -> None:
         self.count()
         del self.running[work]
+        self.lost.pop(work, None)
 
     def _made(self, work: Work, elapsed_s: float) -> float:
         return work.tokens * elapsed_s / work.duration_s
