@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgpack
 import uvloop
@@ -44,9 +44,12 @@ class Floor:
         await self._client.delete(PROMPTS, RESULTS)
         for stream in (PROMPTS, RESULTS):
             await self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
-        command = [sys.executable, "-m", "benchmarks.floor", self._url]
-        self.process = subprocess.Popen([*command, str(self.batch), str(self._result_bytes)])
+        self.process = self._start()
         return self
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "benchmarks.floor", self._url]
+        return subprocess.Popen([*command, str(self.batch), str(self._result_bytes)])
 
     async def __aexit__(self, *exc: object) -> None:
         self.process.terminate()
@@ -85,7 +88,7 @@ class Floor:
             pipe = self._client.pipeline(transaction=False)
             for _ in range(some):
                 self._sent += 1
-                pipe.xadd(PROMPTS, {b"d": msgpack.packb({"id": self._sent, "p": self._prompt})})
+                pipe.xadd(PROMPTS, {b"d": _pack({"id": self._sent, "p": self._prompt})})
             await pipe.execute()
             left -= some
 
@@ -98,12 +101,11 @@ class Floor:
 
     async def _read(self) -> list[bytes]:
         """Entries that came, their results decoded."""
-        while not (
-            reply := await self._reader.xreadgroup(
+        reply: Any = None
+        while not reply:
+            reply = await self._reader.xreadgroup(
                 GROUP, "trainer", {RESULTS: ">"}, count=self.batch, block=BLOCK_MS
             )
-        ):
-            pass
         entries: list[Any] = reply[0][1]
         for _, fields in entries:
             msgpack.unpackb(fields[b"d"])
@@ -124,7 +126,7 @@ async def work(url: str, batch: int, result_bytes: int) -> None:
     reader = connect(url, role="floor-worker-reader", blocking=True, block_s=1.0)
     result = os.urandom(result_bytes)
     while True:
-        reply = await reader.xreadgroup(
+        reply: Any = await reader.xreadgroup(
             GROUP, "worker", {PROMPTS: ">"}, count=batch, block=BLOCK_MS
         )
         if not reply:
@@ -133,11 +135,15 @@ async def work(url: str, batch: int, result_bytes: int) -> None:
         pipe = client.pipeline(transaction=False)
         for _, fields in entries:
             prompt = msgpack.unpackb(fields[b"d"])
-            pipe.xadd(RESULTS, {b"d": msgpack.packb({"id": prompt["id"], "r": result})})
+            pipe.xadd(RESULTS, {b"d": _pack({"id": prompt["id"], "r": result})})
         done = [entry for entry, _ in entries]
         pipe.xack(PROMPTS, GROUP, *done)
         pipe.xdel(PROMPTS, *done)
         await pipe.execute()
+
+
+def _pack(message: dict[str, Any]) -> bytes:
+    return cast(bytes, msgpack.packb(message))
 
 
 if __name__ == "__main__":

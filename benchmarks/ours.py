@@ -51,7 +51,7 @@ class Ours:
         self._rounds: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     async def __aenter__(self) -> Self:
-        settings = TrainerSettings(
+        settings = TrainerSettings.load(
             redis_url=self._url,
             run="benchmark",
             samples_per_version=WINDOW // 2,
@@ -63,12 +63,15 @@ class Ours:
         )
         self.fleet = await AsyncFleet(settings).open()
         self.fleet.feed(self._source())
+        self.process = self._start()
+        return self
+
+    def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "rollfleet_console", "worker", "--run", "benchmark"]
         command += ["--redis-url", self._url, "--slots", str(SLOTS), "--log-level", "warning"]
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             [*command, "--workflow", "benchmarks.workflow:Empty", "--health-port", "0"]
         )
-        return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._rounds.put(_END)

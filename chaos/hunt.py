@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from chaos.harness import Stage
-from chaos.mutants import MUTANTS
+from chaos.mutants import MEND, MUTANTS
 from chaos.oracle import Verdict
 
 __all__ = ["SCENES", "catch", "hunt"]
@@ -77,7 +77,7 @@ SCENES: dict[str, tuple[Callable[[Stage], None], dict[str, object]]] = {
     ),
     # A wide bound, or what is trained again would be too old for it.
     "P3": (_resumed, {"spv": 16, "max_staleness": 8}),
-    "P4": (_steady, {"spv": 8, "max_staleness": 0, "trainer_flags": ("--step-s", "0")}),
+    "P4": (_steady, {"spv": 16, "max_staleness": 1, "env": {"CHAOS_MEAN_S": "0.4"}}),
     "P5": (_bereaved, {"lease_s": 1.0, "env": {"CHAOS_MEAN_S": "0.6"}}),
     "P6": (_steady, {}),
     "P7": (_steady, {"drain_s": 1.0}),
@@ -88,7 +88,11 @@ SCENES: dict[str, tuple[Callable[[Stage], None], dict[str, object]]] = {
 
 
 def catch(promise: str, *, planted: bool = True) -> list[Verdict]:
-    """Play the scene of one promise, with its mutant or without; returns all verdicts."""
+    """Play the scene of one promise, with its mutant or without; returns all verdicts.
+
+    Raises:
+        LookupError: The product has changed so that the bug cannot be planted any more.
+    """
     scene, shape = SCENES[promise]
     options = {"workers": 2, "mutant": promise if planted else "", **shape}
     with Stage(**options) as stage:
@@ -97,7 +101,11 @@ def catch(promise: str, *, planted: bool = True) -> list[Verdict]:
         except TimeoutError:
             if not planted:
                 raise  # a broken fleet may well stand still; a sound one may not
-        return stage.settle(CALM_S)
+        verdicts = stage.settle(CALM_S)
+        for log in (*stage.dir.glob("*.out"), *stage.dir.glob("*.err")):
+            if MEND in (text := log.read_text(errors="replace")):
+                raise LookupError(text[text.index(MEND) :].splitlines()[0])
+        return verdicts
 
 
 def hunt(only: Sequence[str] | None = None) -> bool:

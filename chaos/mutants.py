@@ -11,7 +11,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["MUTANTS", "plant"]
+__all__ = ["MEND", "MUTANTS", "plant"]
+
+
+#: What a process says that could not plant its bug.
+MEND = "mend the mutant"
 
 
 def _rewrite(name: str, old: str, new: str) -> None:
@@ -25,7 +29,7 @@ def _rewrite(name: str, old: str, new: str) -> None:
         if wanted != name:
             return script
         if old not in script.text:
-            raise LookupError(f"{name}.lua does not say {old!r} any more: mend the mutant")
+            raise LookupError(f"{MEND}: {name}.lua does not say {old!r} any more")
         text = script.text.replace(old, new)
         digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         return scripts.Script(name, text, digest)
@@ -41,8 +45,8 @@ def _p1_lose(part: str) -> None:
 def _p2_twice(part: str) -> None:
     """Deliver does not look whose lease it is, and a worker is not told that it lost one."""
     _rewrite("renew", "lost[#lost + 1] = ARGV[i]", "")
-    _rewrite("deliver", "if #held == 0 then", "if false then")
-    _rewrite("deliver", "elseif held[1][2] ~= ARGV[1] then", "elseif false then")
+    _rewrite("deliver", "if not owner then", "if false then")
+    _rewrite("deliver", "elseif owner ~= ARGV[1] then", "elseif false then")
 
 
 def _p3_again(part: str) -> None:
@@ -66,6 +70,7 @@ def _p4_stale(part: str) -> None:
         from rollfleet import freshness  # noqa: PLC0415
 
         freshness.staleness = lambda current, oldest: 0
+        freshness.min_useful = lambda current, max_staleness: -1
 
 
 def _p5_late(part: str) -> None:

@@ -239,7 +239,8 @@ def main() -> int:
     args = arguments()
     args.cache = args.cache.expanduser().absolute()
     args.cache.mkdir(parents=True, exist_ok=True)
-    given = dict(text.partition("=")[::2] for text in args.server if "=" in text)
+    named = (text.partition("=") for text in args.server)
+    given: dict[str, str] = {name: path for name, equals, path in named if equals}
     tests = args.tests or [path for path in CORE if (ROOT / path).exists()]
     legs: list[Leg] = []
     for server_name, major in pairs(args):

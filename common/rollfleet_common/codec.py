@@ -77,7 +77,7 @@ def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
         ) from exc
     if len(packed) > max_bytes:
         name, size = max(
-            ((k, len(msgpack.packb(v))) for k, v in fields.items()), key=lambda x: x[1]
+            ((k, len(cast(bytes, msgpack.packb(v)))) for k, v in fields.items()), key=lambda x: x[1]
         )
         raise OversizeError(
             f"prompt of group {prompt.group!r} is {len(packed):,} bytes, over the cap of "
@@ -202,6 +202,11 @@ def mask_runs(mask: Bool) -> Int32:
 
 def expand_mask(runs: Int32) -> Bool:
     """The inverse of :func:`mask_runs`: bool[sum of runs]."""
+    if len(runs) == 2:
+        prompt, completion = runs.tolist()
+        mask = np.ones(prompt + completion, np.bool_)
+        mask[:prompt] = False
+        return mask
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
 
 

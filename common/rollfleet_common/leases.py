@@ -23,6 +23,8 @@ _RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE, _REAP = map(
 )
 #: Leases renewed by one script call.
 RENEW_CHUNK = 1000
+#: More deliveries than any prompt gets.
+NEVER = 1 << 30
 #: Characters of an error message that a dead letter keeps.
 DETAIL = 500
 
@@ -66,15 +68,32 @@ class Leases:
         return lost
 
     async def reclaim(
-        self, streams: Streams, route: str, lease_ms: int, count: int
+        self,
+        streams: Streams,
+        route: str,
+        lease_ms: int,
+        count: int,
+        *,
+        poison: int = NEVER,
+        suspects: int = 0,
     ) -> list[tuple[Claim | Garbage, int, str]]:
         """Take over up to `count` leases that nobody renewed for `lease_ms`.
+
+        Args:
+            streams: Of the same partition.
+            route: Of the prompts.
+            lease_ms: Silence that ends a lease.
+            count: At most so many.
+            poison: Deliveries that a prompt gets; the last of them is a suspect's.
+            suspects: At most so many suspects among them.
 
         Returns:
             (claim, deliveries so far, worker that held it) of each.
         """
         keys = [self.keys.prompts(route)]
-        rows = await _RECLAIM(self.client, keys, [self.worker, lease_ms, count])
+        rows = await _RECLAIM(
+            self.client, keys, [self.worker, lease_ms, count, poison - 1, poison, suspects]
+        )
         taken: list[tuple[Claim | Garbage, int, str]] = []
         for entry, deliveries, flat, owner in rows:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))

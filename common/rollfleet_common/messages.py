@@ -101,6 +101,8 @@ class Claim:
     queued_ms: int
     #: One line of JSON for each attempt that failed before.
     history: bytes = b""
+    #: Epoch and version of the policy when it was put on the stream; (-1, -1) if unknown.
+    since: tuple[int, int] = (-1, NO_VERSION)
 
 
 @dataclass(frozen=True, slots=True)

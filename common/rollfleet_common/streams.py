@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from rollfleet_common.codec import decode_header, decode_prompt, encode_header, encode_prompt
 from rollfleet_common.errors import SupersededError, WireError
 from rollfleet_common.keys import PartitionKeys
-from rollfleet_common.messages import Claim, Header, Kind, Prompt, Tombstone
+from rollfleet_common.messages import NO_VERSION, Claim, Header, Kind, Prompt, Tombstone
 from rollfleet_common.scripts import load
 
 __all__ = [
@@ -254,6 +254,7 @@ class Streams:
             partition=self.keys.partition,
             queued_ms=int(entry.partition("-")[0]),
             history=fields.get(b"e", b""),
+            since=_since(fields.get(b"v", b"")),
         )
 
     # ---- 3. deliver --------------------------------------------------------------------------
@@ -419,6 +420,15 @@ class Streams:
                 "more. Two trainers on one run is a mistake unless the second took over on purpose; "
                 "give each its own run name"
             )
+
+
+def _since(text: bytes) -> tuple[int, int]:
+    """Epoch and version at submission; before all of them if the entry does not say."""
+    epoch, _, version = text.partition(b":")
+    try:
+        return int(epoch), int(version)
+    except ValueError:
+        return -1, NO_VERSION
 
 
 def _by_stream(reply: Any) -> Iterator[tuple[bytes, list[tuple[bytes, Mapping[bytes, bytes]]]]]:

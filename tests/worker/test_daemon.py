@@ -53,7 +53,10 @@ def test_what_is_refused_at_start(redis_url: str, processes: Processes) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         cases = [
-            (start("nowhere.at_all:Echo"), "workflow 'nowhere.at_all:Echo' does not import: No mod"),
+            (
+                start("nowhere.at_all:Echo"),
+                "workflow 'nowhere.at_all:Echo' does not import: No mod",
+            ),
             (start("fixtures.workflows:Eco"), "has no attribute 'Eco'"),
             (start("NoRun"), "has no method `async def run(prompt, context)`"),
             (start("NeedsArguments"), "making one without arguments raised TypeError"),
@@ -154,7 +157,7 @@ def test_workflows_that_fail_close_their_groups_and_harm_nobody(
 ) -> None:
     trace = tmp_path / "trace"
     acts = {
-        "raise": ("data", "KeyError: \"the user's own mistake\""),
+        "raise": ("data", 'KeyError: "the user\'s own mistake"'),
         "none": ("data", "it returned None; `run` must return a Sample or a list of them"),
         "list": ("data", "it returned a list of ['Sample', 'str']"),
         "empty": ("data", "a rollout without samples"),
@@ -204,9 +207,7 @@ def test_workflows_that_fail_close_their_groups_and_harm_nobody(
         history = [json.loads(line) for line in letter[b"e"].splitlines()]
         assert [h["attempt"] for h in history] == [1, 2]
         assert {h["kind"] for h in history} == {letter[b"why"].decode()}
-        act = next(
-            line["group"] for line in lines(trace) if line["group"] == letter[b"g"].decode()
-        )
+        act = next(line["group"] for line in lines(trace) if line["group"] == letter[b"g"].decode())
         found[act] = history[0]
     tried = Counter((line["group"], line["index"]) for line in lines(trace))
     assert sorted(tried.values()) == [1] * 3 * len(acts) + [2] * len(acts)
@@ -223,9 +224,7 @@ def test_workflows_that_fail_close_their_groups_and_harm_nobody(
     assert worker.stop() == 0
 
 
-def test_what_fails_once_is_run_again(
-    redis_url: str, processes: Processes, tmp_path: Path
-) -> None:
+def test_what_fails_once_is_run_again(redis_url: str, processes: Processes, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     worker = processes.worker(redis_url, "again", "Actor")
     with rollfleet.connect(redis_url, run="again", **SHAPE) as fleet:
@@ -378,9 +377,7 @@ def test_metrics_and_card_tell_the_truth(
             ((_, raw),) = client.hgetall("rf:{pages}:workers").items()
             return dict(json.loads(raw))
 
-        wait_until(
-            lambda: (card()["busy"], card()["policy_version"]) == (0, 5), "a new card", 30.0
-        )
+        wait_until(lambda: (card()["busy"], card()["policy_version"]) == (0, 5), "a new card", 30.0)
         assert card()["id"].startswith("wk-")
         assert (card()["pid"], card()["slots"]) == (worker.pid, 6)
         assert card()["routes"] == ["default", "slow"]

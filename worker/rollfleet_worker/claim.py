@@ -32,6 +32,8 @@ log = structlog.get_logger("rollfleet.worker")
 
 #: One blocking read; the longest that a stop has to wait for it.
 BLOCK_MS = 500
+#: While a suspect runs, how soon to look for the next.
+SUSPECT_S = 0.5
 #: Pause after Redis could not be reached, at most (full jitter).
 AWAY_S = 1.0
 
@@ -77,6 +79,8 @@ class Claimer:
         self.alone = alone
         #: Slots taken that no episode has yet.
         self._spare = 0
+        #: Entry of the last prompt taken that may be what killed its workers.
+        self._suspect = ""
         self._grouped = False
         self._next_reclaim = 0.0
 
@@ -140,17 +144,25 @@ class Claimer:
     async def _reclaim(self) -> None:
         lease_ms = int(self.settings.lease_s * 1000)
         self._next_reclaim = time.monotonic() + self.settings.lease_s / 3 * random.uniform(0.5, 1.5)
+        poison = self.settings.attempts_poison
         garbage: list[Garbage] = []
         for route in self.routes:
             if not self._spare:
                 break
-            taken = await self.leases.reclaim(self.streams, route, lease_ms, self._spare)
+            taken = await self.leases.reclaim(
+                self.streams,
+                route,
+                lease_ms,
+                self._spare,
+                poison=poison,
+                suspects=0 if self.owns(self._suspect) else 1,
+            )
             for claim, deliveries, owner in taken:
                 if isinstance(claim, Garbage):
                     garbage.append(claim)
                 elif self.owns(claim.entry):
                     continue  # our own renewal was late; it runs here
-                elif deliveries > self.settings.attempts_poison:
+                elif deliveries > poison:
                     detail = f"its worker died {deliveries - 1} times, last {owner}"
                     self.refuse(claim, Failure(FailureKind.POISON, detail, self.leases.worker))
                 else:
@@ -162,7 +174,12 @@ class Claimer:
                         owner=owner,
                     )
                     self.metrics.reclaimed.inc()
+                    if deliveries == poison:
+                        self._suspect = claim.entry
                     self._begin(claim)
+        if self.owns(self._suspect):
+            # There may be more, which wait for this one's end.
+            self._next_reclaim = min(self._next_reclaim, time.monotonic() + SUSPECT_S)
         for entry in garbage:
             await self._bury(entry)
 

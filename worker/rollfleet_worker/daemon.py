@@ -17,6 +17,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -96,14 +97,19 @@ class Worker:
     async def live(self, claim: Claim) -> None:
         """One prompt: run its episode, free the slot, deliver what came of it."""
         try:
-            outcome = await self.episodes.run(claim, self._follower.policy)
+            outcome = await self.episodes.run(claim, self._running[_key(claim)])
         finally:
             self._free(claim)
         self._counts["failed" if isinstance(outcome, Failure) else "delivered"] += 1
         await self.outboxes[claim.partition].deliver(claim, outcome)
 
     def _spawn(self, claim: Claim) -> None:
-        self._running[_key(claim)] = self._follower.policy
+        policy = self._follower.policy
+        if claim.since > (policy.epoch, policy.version):
+            # The prompt is younger than what the board told us last.
+            epoch, version = claim.since
+            policy = replace(policy, epoch=epoch, version=version)
+        self._running[_key(claim)] = policy
         self._track(claim, self.live(claim))
 
     def _free(self, claim: Claim) -> None:

@@ -6,7 +6,10 @@
 --      submission id, position, group, n, kind, route, body, deadline_ms
 -- Returns {state of each group: 1 submitted, 0 known already, -1 full; ..., outstanding}, or {-2}
 -- if the token is superseded.
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return {-2} end
+local fence = redis.call('HMGET', KEYS[1], 'token', 'epoch', 'version')
+if fence[1] ~= ARGV[1] then return {-2} end
+-- What the policy is at now: a worker that has not heard of it yet learns it from the prompt.
+local since = fence[2] .. ':' .. fence[3]
 local limit = tonumber(ARGV[2])
 local now = redis.call('TIME')[1]
 local counts = redis.call('HMGET', KEYS[2], 'submitted:train', 'settled:train')
@@ -29,7 +32,8 @@ while arg <= #ARGV do
   else
     local record = {'HSET', KEYS[key + 1], 'n', n, 'kind', kind, 'route', route, 'deadline', ARGV[arg + 7]}
     for i = 0, n - 1 do
-      local entry = redis.call('XADD', KEYS[key], '*', 'g', group, 'i', i, 'a', 1, 'k', kind, 'n', n, 'd', ARGV[arg + 6])
+      local entry = redis.call('XADD', KEYS[key], '*', 'g', group, 'i', i, 'a', 1, 'k', kind, 'n', n, 'v', since,
+        'd', ARGV[arg + 6])
       record[#record + 1] = i
       record[#record + 1] = 'p' .. entry
       if #record > 2000 then  -- unpack has a limit

@@ -6,11 +6,10 @@
   A row whose lines are used up was trained on twice; a row without any was made by nobody.
 - A row's age is the trainer's version less the oldest weights that made one of its tokens. The
   label that came through the fleet is compared with those weights, token by token.
-- Equal completions of one prompt are told apart by their labels, where lines with those very
-  weights are left, and else are given the oldest. That is exact as long as all lines of the
-  completion are used up. A line too many means that a rollout was made twice (its worker died);
-  rows that such a line could also be meant for are counted as `ambiguous`, and `worst_staleness`
-  says how old they would be if it was.
+- Equal completions of one prompt are told apart by their log-probabilities. Should even those be
+  equal, by their labels, where lines with those very weights are left; else they are given the
+  oldest. Rows that a line too many could also be meant for are counted as `ambiguous`, and
+  `worst_staleness` says how old they would be if it was.
 """
 
 import json
@@ -19,12 +18,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from rollfleet_console.demo.task import answer_to, decode, exact
 
 __all__ = ["Audit", "Made", "Trained", "audit", "read_made", "read_trained"]
 
 _Truth = tuple[int, ...]
-_Key = tuple[tuple[int, ...], tuple[int, ...]]
+#: Prompt, completion and its log-probabilities, which tell equal completions apart.
+_Key = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Made:
     completion: tuple[int, ...]
     #: Which weights made each token of the completion.
     truth: tuple[int, ...]
+    #: In float32, as they travel.
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Trained:
     #: What the batch said made each token of the completion.
     versions: tuple[int, ...]
     reward: float
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -101,7 +106,12 @@ def read_made(path: Path) -> Iterator[Made]:
         for line in lines:
             one = json.loads(line)
             if one["finish_reason"] != "abort":
-                yield Made(tuple(one["prompt"]), tuple(one["token_ids"]), tuple(one["truth"]))
+                yield Made(
+                    tuple(one["prompt"]),
+                    tuple(one["token_ids"]),
+                    tuple(one["truth"]),
+                    tuple(np.array(one["logprobs"], np.float32).tolist()),
+                )
 
 
 def read_trained(path: Path) -> Iterator[Trained]:
@@ -119,6 +129,7 @@ def read_trained(path: Path) -> Iterator[Trained]:
                     completion=tuple(row["completion"]),
                     versions=tuple(row["versions"]),
                     reward=row["reward"],
+                    logprobs=tuple(row["logprobs"]),
                 )
 
 
@@ -127,7 +138,7 @@ def audit(trained: Iterable[Trained], made: Iterable[Made]) -> Audit:
     found = Audit()
     lines: dict[_Key, list[tuple[int, ...]]] = defaultdict(list)
     for line in made:
-        lines[line.prompt, line.completion].append(line.truth)
+        lines[line.prompt, line.completion, line.logprobs].append(line.truth)
         found.tokens_made += len(line.completion)
     claims: dict[_Key, list[_Claim]] = defaultdict(list)
     seen: set[tuple[str, int]] = set()
@@ -138,7 +149,7 @@ def audit(trained: Iterable[Trained], made: Iterable[Made]) -> Audit:
         repeated = (row.group, row.index) in seen
         found.duplicates += repeated
         seen.add((row.group, row.index))
-        claims[row.prompt, row.completion].append(_Claim(row, repeated))
+        claims[row.prompt, row.completion, row.logprobs].append(_Claim(row, repeated))
     for key, rows in claims.items():
         if key in lines:
             _match(found, rows, lines[key])

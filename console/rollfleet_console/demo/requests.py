@@ -103,6 +103,7 @@ def log_line(ticket: Ticket, out: Completion) -> str:
         "index": out.index,
         "prompt": ticket.prompt,
         "token_ids": out.token_ids,
+        "logprobs": out.logprobs,
         "truth": out.truth,
         "finish_reason": out.finish_reason,
     }

@@ -157,6 +157,7 @@ def _rows(tensors: TensorBatch) -> Iterator[dict[str, Any]]:
             "prompt": _picked(tensors.input_ids[row], prompts_mask[row]),
             "completion": _picked(tensors.input_ids[row], mask),
             "versions": _picked(tensors.versions[row], mask),
+            "logprobs": tensors.logprobs[row][mask].tolist(),
             "reward": float(tensors.rewards[row]),
         }
 
