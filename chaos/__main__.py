@@ -24,7 +24,13 @@ def main(argv: list[str]) -> int:
 
         return trainer(argv[1:])
     options = _parser().parse_args(argv)
-    return int(options.do(options))
+    # Either way the stage is left by its door, and ends its processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return int(options.do(options))
+    except KeyboardInterrupt:
+        return 130
 
 
 def _end_with_parent() -> None:

@@ -59,8 +59,19 @@ def check_shape(
     group_size: int,
     max_staleness: int,
     pipeline_depth: int,
+    oversample: int = 0,
+    torn: bool = False,
 ) -> None:
     """Refuse a configuration that must wait for itself.
+
+    Args:
+        samples_per_version: Samples that one version is trained on.
+        batch_size: Samples of one batch.
+        group_size: Samples of one prompt.
+        max_staleness: Versions behind.
+        pipeline_depth: Versions that rollouts may be started ahead of.
+        oversample: Samples launched beyond group_size.
+        torn: Whether groups of fewer samples are trained on.
 
     Raises:
         SettingsError: With the arithmetic.
@@ -87,6 +98,16 @@ def check_shape(
             f"samples_per_version = ({pipeline_depth} + 1) x {samples_per_version} = {room} samples "
             "may be outstanding, so the trainer would wait for ever; lower batch_size or raise "
             "samples_per_version"
+        )
+    launched = group_size + oversample
+    ready = batch_size - (1 if torn else group_size)
+    if ready + launched > room:
+        raise SettingsError(
+            f"a batch might never fill: with {ready} of its {batch_size} samples ready, the next "
+            f"prompt needs room for group_size + oversample = {group_size} + {oversample} = "
+            f"{launched} more, but only (pipeline_depth + 1) x samples_per_version = "
+            f"({pipeline_depth} + 1) x {samples_per_version} = {room} samples may be outstanding; "
+            f"raise pipeline_depth, or samples_per_version to {-(-(ready + launched) // (pipeline_depth + 1))}"
         )
     if pipeline_depth > max_staleness:
         raise SettingsError(

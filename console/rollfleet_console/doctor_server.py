@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import redis
+from redis.exceptions import ResponseError
 
 from rollfleet_common.errors import BrokerSetupError
 from rollfleet_common.redis import ServerReport, check_server
@@ -35,7 +36,7 @@ async def server(client: Any) -> list[Finding]:
     info: dict[str, Any] = {}
     try:
         info = {str(k): v for k, v in (await client.info()).items()}
-    except redis.exceptions.ResponseError as exc:
+    except ResponseError as exc:
         if error_code(exc) == "LOADING":
             raise
     found = [_version(report, info)]

@@ -144,6 +144,7 @@ class Consumer:
         closed += await self._quarantine(partition, arrivals)
         for reason, rollouts in useless.items():
             await self._settle(partition, f"drop:{reason}", rollouts)
+            self.settled(sum(kind is Kind.TRAIN for _, kind, _ in rollouts))
         if late:
             await self._settle(partition, "drop:surplus", [], tombstones=late)
         for group in closed:

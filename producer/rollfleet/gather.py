@@ -112,9 +112,12 @@ class Gather:
         while True:
             self.check()
             self.consumer.news.clear()
-            groups = await self.consumer.sweep(self.consumer.choose(want))
+            chosen = self.consumer.choose(want)
+            groups = await self.consumer.sweep(chosen)
             if sum(len(group.members) for group in groups) >= want:
                 return groups
+            if len(groups) < len(chosen):
+                continue  # others may be ready in place of those that were dropped
             if self._last(groups, want):
                 return groups
             await self._news(patience)

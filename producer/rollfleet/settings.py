@@ -100,6 +100,8 @@ class TrainerSettings(Settings):
             group_size=self.group_size,
             max_staleness=self.max_staleness,
             pipeline_depth=self.depth,
+            oversample=self.oversample,
+            torn=self.min_group_size is not None and self.min_group_size < self.group_size,
         )
         if self.min_group_size is not None and self.min_group_size > self.group_size:
             raise ValueError(

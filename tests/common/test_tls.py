@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures.fleet_processes import Processes
@@ -143,7 +144,8 @@ async def test_both_clients_speak_it(secured: Start) -> None:
         assert report.version is not None
         await client.xadd("s", {"a": 1})
     async with connect(server.url(), role="test", blocking=True, block_s=1) as reader:
-        ((_, entries),) = await reader.xread({"s": "0"}, block=100)
+        reply: Any = await reader.xread({"s": "0"}, block=100)
+        ((_, entries),) = reply
         assert len(entries) == 1
 
 
@@ -155,7 +157,7 @@ def test_a_run_over_tls_with_certificates_on_both_sides(
     processes.worker(url, "tls")
     with rollfleet.connect(url, run="tls", samples_per_version=4, group_size=2) as fleet:
         fleet.feed({"token_ids": [1], "answer": 1.0} for _ in range(4))
-        assert sum(len(batch) for batch in fleet.batches()) == 8
+        assert sum(len(batch.rollouts) for batch in fleet.batches()) == 8
 
 
 def test_a_certificate_of_an_unknown_authority_is_refused(secured: Start) -> None:

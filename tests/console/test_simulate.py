@@ -289,7 +289,7 @@ def test_groups_are_judged_as_the_consumer_judges_them() -> None:
     assert shelf.judge(group("2", 2, 2, 4), 5) == "stale"
     assert shelf.judge(group("3", 2, 4, torn="dead"), 5) == "torn"
     assert shelf.judge(group("4", 2, 4, torn="stale"), 5) == "stale"
-    assert shelf.judge(group("5", 2, torn="stale"), 5) == "dead"
+    assert shelf.judge(group("5", 2, torn="dead"), 5) == "dead"
     assert shelf.judge(group("6", 2, 6, 6), 5) is None  # the future may come
     assert [*shelf.ready] == ["1", "6"]
     fresh, dropped = shelf.sweep(shelf.choose(10, 6), 6)

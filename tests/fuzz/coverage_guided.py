@@ -5,13 +5,17 @@
 - One input may take 2 s and 512 MiB: a message of a few bytes must not cost more.
 """
 
+# ruff: noqa: E402  # what is imported under atheris has to be imported first
+
+import importlib
 import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import atheris  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
+#: Not among our dependencies.
+atheris: Any = importlib.import_module("atheris")
 
 with atheris.instrument_imports(include=["rollfleet_common", "rollfleet", "rollfleet_console"]):
     from fuzz import readers
@@ -45,7 +49,7 @@ def packed(name: str, tree: Any) -> bytes:
     """A tree as its reader wants it."""
     if name in ("card", "shape"):
         return json.dumps(tree, default=repr).encode()
-    return bytes(msgpack.packb(tree))
+    return cast("bytes", msgpack.packb(tree))
 
 
 def changed(tree: Any, p: Any, depth: int = 0) -> Any:

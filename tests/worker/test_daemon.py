@@ -367,7 +367,8 @@ def test_metrics_and_card_tell_the_truth(
         wait_until(lambda: worker.metric("rollfleet_policy_version") == 5, "the version")
         fleet.submit({"token_ids": [1]})
         wait_until(lambda: fleet.books().handed_out == 4, "the quick ones", 30.0)
-        assert worker.metric('rollfleet_deliveries_total{outcome="yes"}') == 4
+        yes = 'rollfleet_deliveries_total{outcome="yes"}'
+        wait_until(lambda: worker.metric(yes) == 4, "the answer to the delivery", 30.0)
         assert worker.metric("rollfleet_tokens_total") == 4 * 5
         assert worker.metric("rollfleet_payload_bytes_total") > 4 * 5 * 8
         assert worker.metric("rollfleet_slots_busy") == 4

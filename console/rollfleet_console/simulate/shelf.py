@@ -22,7 +22,7 @@ class Shelf:
     def judge(self, group: Group, current: int) -> str | None:
         """A group closed: None if it was put here, or the reason to drop it."""
         if not group.members:
-            return "dead"
+            return max(group.reasons, key=group.reasons.count)
         reason = self.policy.judge(group, current)
         if reason is None or reason == "future":
             self.ready[group.name] = group  # the future may come: judged again at hand-over
