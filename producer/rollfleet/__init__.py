@@ -11,19 +11,31 @@
 Torch is needed for ``batch.tensors`` and ``collate`` only, and imported when they are used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
+from rollfleet.bias import BiasMeter, effective_sample_size
 from rollfleet.fleet import Fleet, connect
-from rollfleet.freshness import DropStale, Policy
+from rollfleet.freshness import (
+    BasePolicy,
+    DropStale,
+    Mask,
+    Policy,
+    SegmentWise,
+    StandardPPO,
+    Wait,
+)
 from rollfleet.groups import Group, Member
+from rollfleet.orders import FreshestFirst, OldestFirst, Windowed
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import (
     BrokerSetupError,
     BrokerUnavailableError,
     InvalidPromptError,
     OversizeError,
+    PolicyError,
     RefitError,
     RollfleetError,
     SettingsError,
@@ -35,44 +47,73 @@ from rollfleet_common.messages import Header, Kind, Prompt, Rollout, Sample
 
 if TYPE_CHECKING:
     from rollfleet.collate import GroupStats, TensorBatch, collate, group_stats
+    from rollfleet.proximal import (
+        proximal_logprobs,
+        segment_mask,
+        token_logprobs,
+        token_staleness,
+    )
 
 __all__ = [
     "AsyncFleet",
+    "BasePolicy",
     "Batch",
+    "BiasMeter",
     "Books",
     "BrokerSetupError",
     "BrokerUnavailableError",
     "DropStale",
     "Fleet",
+    "FreshestFirst",
     "Group",
     "GroupStats",
     "Header",
     "InvalidPromptError",
     "Kind",
+    "Mask",
     "Member",
+    "OldestFirst",
     "OversizeError",
     "Policy",
+    "PolicyError",
     "Prompt",
     "RefitError",
     "RollfleetError",
     "Rollout",
     "Sample",
+    "SegmentWise",
     "SettingsError",
+    "StandardPPO",
     "StarvedError",
     "SupersededError",
     "TensorBatch",
     "TrainerSettings",
+    "Wait",
+    "Windowed",
     "collate",
     "connect",
+    "effective_sample_size",
     "group_stats",
+    "proximal_logprobs",
+    "segment_mask",
+    "token_logprobs",
+    "token_staleness",
 ]
 
-_WITH_TORCH = ("GroupStats", "TensorBatch", "collate", "group_stats")
+#: Where what needs torch is.
+_WITH_TORCH = {
+    "GroupStats": "collate",
+    "TensorBatch": "collate",
+    "collate": "collate",
+    "group_stats": "collate",
+    "proximal_logprobs": "proximal",
+    "segment_mask": "proximal",
+    "token_logprobs": "proximal",
+    "token_staleness": "proximal",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _WITH_TORCH:
-        import rollfleet.collate as found  # noqa: PLC0415 - torch is optional
-
-        return getattr(found, name)
+        return getattr(import_module(f"rollfleet.{_WITH_TORCH[name]}"), name)
     raise AttributeError(f"module 'rollfleet' has no attribute {name!r}")

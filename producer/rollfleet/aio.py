@@ -17,17 +17,20 @@ from typing import Any, Self
 import structlog
 
 from rollfleet.batch import Batch
+from rollfleet.bias import BiasMeter
 from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import BLOCK_MS, Consumer
-from rollfleet.freshness import DropStale, Policy
+from rollfleet.freshness import Policy
 from rollfleet.gather import Gather
+from rollfleet.guarded import Guarded, policy_named
 from rollfleet.line import Line
 from rollfleet.opening import check, seize, shape, wipe
 from rollfleet.payloads import Accept, Payloads
 from rollfleet.publish import refit
 from rollfleet.recover import recover
 from rollfleet.revive import Reviver
+from rollfleet.rollback import History
 from rollfleet.settings import TrainerSettings
 from rollfleet.submit import Submitter
 from rollfleet_common.board import Board
@@ -52,7 +55,7 @@ class AsyncFleet:
 
     Args:
         settings: Where, which run, and its shape.
-        policy: Which groups may be trained on; None for :class:`DropStale` by `max_staleness`.
+        policy: Which groups may be trained on; None for the one that the settings name.
         should_accept: Told the decoded rollouts of a group that is otherwise fine; False drops it
             as ``rejected``, and another takes its place.
         state: What :meth:`state_dict` returned, to resume from that checkpoint.
@@ -73,7 +76,14 @@ class AsyncFleet:
         self.settings = settings
         self.keys = RunKeys(settings.run)
         self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.policy = policy or DropStale(settings.max_staleness, settings.min_group_size)
+        self.policy = (
+            policy_named(
+                settings.policy, settings.max_staleness, settings.min_group_size, settings.order
+            )
+            if policy is None
+            else Guarded(policy)
+        )
+        self.meter = BiasMeter()
         self.pacer = Pacer(
             settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
         )
@@ -170,22 +180,27 @@ class AsyncFleet:
         ]
         last = int(self._state.get("batch", 0))
         replay = await recover(self.board, self.token, self.streams, last)
+        history = History(await self.board.rollbacks())
         self.consumer = Consumer(
             token=self.token,
             streams=self.streams,
             readers=self._readers,
             policy=self.policy,
             version=lambda: self.version,
-            rollbacks=await self.board.rollbacks(),
+            history=history,
+            on_rollback=s.on_rollback,
+            meter=self.meter,
             settled=self._settled,
             surplus=s.surplus,
-            least=getattr(self.policy, "least", lambda group: group.need),
+            least=self.policy.least,
             out=self._out,
             line=self.line,
         )
         self.consumer.replay = replay
         self.consumer.remember((group, index) for group, index in self._state.get("recent", ()))
-        self.payloads = Payloads(self.streams, self._accept, self.consumer.drop, self.line)
+        self.payloads = Payloads(
+            self.streams, self._accept, self.consumer.drop, self.line, self.policy, history
+        )
         self.commits = Commits(
             board=self.board,
             token=self.token,
@@ -205,6 +220,7 @@ class AsyncFleet:
             books=self.books,
             check=self._check,
             line=self.line,
+            version=lambda: self.version,
             out=self._out,
             **self._feed_from(max(cursors)),
         )

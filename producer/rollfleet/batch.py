@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rollfleet.groups import Group
-from rollfleet_common.messages import Rollout
+from rollfleet_common.messages import NO_VERSION, Rollout
 
 if TYPE_CHECKING:
     from rollfleet.tensors import TensorBatch
@@ -49,8 +49,6 @@ class Batch:
 
     @property
     def staleness(self) -> list[int]:
-        """Versions behind of each rollout, by its oldest trained token."""
-        oldest = [
-            group.members[index].oldest for group in self.groups for index in sorted(group.members)
-        ]
-        return [self.version - version for version in oldest]
+        """Versions behind of each rollout, by its oldest trained token; 0 if all are masked."""
+        oldest = [rollout.header.min_version for rollout in self.rollouts]
+        return [0 if version == NO_VERSION else self.version - version for version in oldest]

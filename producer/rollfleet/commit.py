@@ -16,7 +16,7 @@ from rollfleet.line import Line
 from rollfleet.recover import Plan
 from rollfleet_common.board import Board
 from rollfleet_common.errors import RollfleetError
-from rollfleet_common.messages import Rollout
+from rollfleet_common.messages import NO_VERSION, Rollout
 from rollfleet_common.streams import Streams
 
 __all__ = ["Commits"]
@@ -47,6 +47,8 @@ class Commits:
         self.number = number
         self.collate = collate
         self.open: list[Batch] = []
+        #: The version that was handed over last, and how many samples it got so far.
+        self.given = (NO_VERSION, 0)
 
     async def hand_over(
         self,
@@ -62,6 +64,9 @@ class Commits:
         await self._plan(number, Plan.of(number, "handed", groups).dumps())
         self.number = number
         self.consumer.hand(groups)
+        for group in groups:
+            headers = [rollout.header for rollout in rollouts[group.name]]
+            self.consumer.meter.kept(group, version, headers)
         batch = Batch(
             number=self.number,
             version=version,
@@ -70,6 +75,7 @@ class Commits:
             groups=list(groups),
             collate=self.collate,
         )
+        self.given = version, len(batch) + (self.given[1] if self.given[0] == version else 0)
         batch.stats = self._stats(batch, waited_s)
         self.open.append(batch)
         return batch
@@ -124,6 +130,7 @@ class Commits:
             "rollfleet/outstanding": self.pacer.outstanding,
             "rollfleet/ready": sum(len(g.members) for g in self.consumer.ready.values()),
             **{f"rollfleet/dropped/{reason}": count for reason, count in drops.items()},
+            **self.consumer.meter.as_dict(),
         }
 
     async def _plan(self, number: int, plan: bytes | None) -> None:

@@ -14,15 +14,16 @@ from typing import Any
 import structlog
 from redis.exceptions import ResponseError
 
-from rollfleet.freshness import Policy
+from rollfleet.bias import BiasMeter
 from rollfleet.groups import Group, Groups, Member
+from rollfleet.guarded import Guarded
 from rollfleet.line import Line
+from rollfleet.rollback import History
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.leases import quarantine
 from rollfleet_common.messages import Header, Kind, Prompt, Tombstone
 from rollfleet_common.redis import is_transient
-from rollfleet_common.staleness import replayed
 from rollfleet_common.streams import Arrivals, Garbage, Streams
 
 __all__ = ["Consumer"]
@@ -47,9 +48,11 @@ class Consumer:
         token: str,
         streams: Sequence[Streams],
         readers: Sequence[Any],
-        policy: Policy,
+        policy: Guarded,
         version: Callable[[], int],
-        rollbacks: Sequence[tuple[int, int]],
+        history: History,
+        on_rollback: str,
+        meter: BiasMeter,
         settled: Callable[[int], None],
         surplus: Callable[[int], int],
         least: Callable[[Group], int],
@@ -61,7 +64,9 @@ class Consumer:
         self.readers = readers
         self.policy = policy
         self.version = version
-        self.rollbacks = rollbacks
+        self.history = history
+        self.on_rollback = on_rollback
+        self.meter = meter
         self.settled = settled
         self.surplus = surplus
         #: Members without which a group is torn.
@@ -173,10 +178,8 @@ class Consumer:
             if reason:
                 useless.setdefault(reason, []).append((entry, header.kind, header.payload))
                 continue
-            # Past a rollback newer versions are further away: both ends of the span are looked at.
-            ends = (header.min_version, header.max_version)
-            oldest = min(replayed(v, header.epoch, self.rollbacks) for v in ends)
-            group, twice = self.groups.arrive(partition, Member(entry, header, oldest))
+            member = Member(entry, header, *self.history.span(header))
+            group, twice = self.groups.arrive(partition, member)
             if twice:
                 rollout = (entry, header.kind, header.payload)
                 useless.setdefault("duplicate", []).append(rollout)
@@ -215,7 +218,7 @@ class Consumer:
         for group in (g for name in touched if (g := self.groups.open.get(name)) is not None):
             could_be = group.n - len(group.tombstones.keys() - group.members.keys())
             if group.kind is Kind.TRAIN and could_be < self.least(group):
-                needless.append((group, "torn"))
+                needless.append((group, _torn(group)))
         for group, reason in needless:
             await self.cancel(group.name, reason)
 
@@ -269,13 +272,20 @@ class Consumer:
             self.evals[group.name] = group
         elif not group.members:
             await self.drop([group], max(group.reasons, key=group.reasons.count))
+        elif self._lost(group):
+            await self.drop([group], "rollback")
         elif (reason := self.policy.judge(group, self.version())) is None or reason == "future":
             self.ready[group.name] = group  # the future may come: judged again at hand-over
         else:
             await self.drop([group], reason)
 
+    def _lost(self, group: Group) -> bool:
+        """Whether weights that a rollback lost had a part in it, and the run is to drop that."""
+        members = group.members.values()
+        return self.on_rollback == "drop" and any(self.history.lost(m.header) for m in members)
+
     def choose(self, samples: int) -> list[Group]:
-        """Ready groups, oldest first, until they hold `samples`; fewer if there are not so many."""
+        """Ready groups, in the policy's order, until they hold `samples`, if there are so many."""
         chosen: list[Group] = []
         for group in sorted(self.ready.values(), key=self._order):
             if group.name in self.reserved:
@@ -286,8 +296,9 @@ class Consumer:
             samples -= len(group.members)
         return chosen
 
-    def _order(self, group: Group) -> tuple[float, int, int]:
-        return self.replay.get(group.name, float("inf")), group.oldest, group.seq
+    def _order(self, group: Group) -> tuple[float, ...]:
+        replay = self.replay.get(group.name, float("inf"))
+        return replay, *self.policy.order(group, self.version()), group.seq
 
     async def sweep(self, groups: Iterable[Group]) -> list[Group]:
         """THE guarantee: judge at the version of this moment; returns what may be trained on."""
@@ -308,10 +319,11 @@ class Consumer:
         self.given_up |= {group.name for group in groups} & self.reserved
         sorted_out: dict[tuple[int, str], list[Group]] = {}
         for group in groups:
-            why = "stale" if reason == "torn" and "stale" in group.reasons else reason
+            why = _torn(group) if reason == "torn" else reason
             sorted_out.setdefault((group.partition, why), []).append(group)
             self.ready.pop(group.name, None)
             self.out.pop(group.name, None)
+            self.meter.dropped(group, why, self.version())
             log.info(
                 "group dropped",
                 group=group.name,
@@ -386,6 +398,11 @@ class Consumer:
         )
         for group in groups:
             self.forget(group)
+
+
+def _torn(group: Group) -> str:
+    """Why a group is torn, as the ledger counts it: for age, if that is what tore it."""
+    return "stale" if "stale" in group.reasons else "torn"
 
 
 def _whose(garbage: Garbage) -> Tombstone | None:

@@ -229,9 +229,7 @@ class Mask(_Bounded):
         A header's newest version is an upper bound: what it condemns, no mask can save.
         """
         members = group.members.values()
-        useful = sum(
-            staleness(current, m.header.max_version) <= self.max_staleness for m in members
-        )
+        useful = sum(staleness(current, m.newest) <= self.max_staleness for m in members)
         return "stale" if useful < self.least(group) else _unversioned(group)
 
     def refine(self, rollouts: Sequence[Rollout], current: int) -> Sequence[Rollout] | str:
@@ -293,7 +291,7 @@ class SegmentWise(_Bounded):
         """``stale`` or ``unversioned``."""
         for member in group.members.values():
             header = member.header
-            span = member.oldest, header.max_version
+            span = member.oldest, member.newest
             if segment_stale(*span, current, self._at(header, current), self.max_staleness):
                 return "stale"
         return _unversioned(group)

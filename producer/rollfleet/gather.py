@@ -99,7 +99,7 @@ class Gather:
                 groups = await self._fresh(want, patience)
                 if not groups:
                     return None
-                rollouts = await self.payloads.load(groups)
+                rollouts = await self.payloads.load(groups, version)
                 fresh = [group for group in groups if group.name in rollouts]
                 enough = sum(len(group.members) for group in fresh) >= want
                 # Published meanwhile, or some fell out: judge and choose again.
@@ -114,13 +114,33 @@ class Gather:
             self.consumer.news.clear()
             chosen = self.consumer.choose(want)
             groups = await self.consumer.sweep(chosen)
-            if sum(len(group.members) for group in groups) >= want:
+            enough = sum(len(group.members) for group in groups) >= want
+            if enough and not self._must_wait(groups):
                 return groups
             if len(groups) < len(chosen):
                 continue  # others may be ready in place of those that were dropped
             if self._last(groups, want):
                 return groups
             await self._news(patience)
+
+    def _must_wait(self, groups: Sequence[Group]) -> bool:
+        """Whether the policy has this batch wait for what is still to come."""
+        policy, version = self.consumer.policy, self.version()
+        if not policy.waits:
+            return False
+        ready, chosen = self.consumer.ready, {group.name for group in groups}
+        submitted = self.submitter.submitted
+        coming = [
+            submitted[name]
+            for name, prompt in self.submitter.out.items()
+            if prompt.kind is Kind.TRAIN and name not in ready
+            for _ in range(prompt.n)
+        ]
+        left = [g.oldest for g in ready.values() if g.name not in chosen for _ in g.members]
+        each = self.settings.samples_per_version
+        given = self.commits.given[1] if self.commits.given[0] == version else 0
+        spare = max(each - given - sum(len(group.members) for group in groups), 0)
+        return policy.must_wait(coming, version, left=left, per_version=each, spare=spare)
 
     def _last(self, groups: Sequence[Group], want: int) -> bool:
         """Whether these are all that is left, and nothing more will come."""
@@ -159,7 +179,7 @@ class Gather:
                     ready = self.consumer.ready
                     fresh = await self.consumer.sweep([ready[g] for g in wanted if g in ready])
                     whole = len(fresh) == len(wanted)
-                    rollouts = await self.payloads.load(fresh) if whole else {}
+                    rollouts = await self.payloads.load(fresh, version) if whole else {}
                     if len(rollouts) == len(wanted) and version == self.version():
                         break
                     await self._again(wanted)
@@ -184,7 +204,9 @@ class Gather:
                 self.consumer.news.clear()
                 await self._news(patience)
         groups = [evals.pop(name) for name in names]
-        loaded = await self.payloads.load([group for group in groups if group.members])
+        loaded = await self.payloads.load(
+            [group for group in groups if group.members], self.version()
+        )
         await self.consumer.finish(groups)
         return [loaded.get(name, []) for name in names]
 

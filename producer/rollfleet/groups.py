@@ -22,6 +22,8 @@ class Member:
     header: Header
     #: Its oldest trained version in the history of the trainer's epoch.
     oldest: int
+    #: An upper bound of its newest version, in the same history.
+    newest: int
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Group:
     @property
     def newest(self) -> int:
         """The newest version of any token."""
-        return max(member.header.max_version for member in self.members.values())
+        return max(member.newest for member in self.members.values())
 
     @property
     def reasons(self) -> list[str]:

@@ -98,6 +98,11 @@ class Guarded:
             raise self._nonsense(what, key, "a tuple of numbers, none of them NaN")
         return key
 
+    def least(self, group: Group) -> int:
+        """Members without which a group is torn: a policy that does not say wants it whole."""
+        least = getattr(self.policy, "least", None)
+        return group.need if least is None else self._call("least", lambda: int(least(group)))
+
     def must_wait(
         self,
         submitted: Iterable[int],

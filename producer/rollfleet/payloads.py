@@ -1,7 +1,7 @@
 """Payloads of the groups that are about to be trained on: fetched, decoded, validated.
 
-- What cannot be used drops its group with a reason (``lost``, ``corrupt``, ``rejected``), and the
-  ledger gets its credit back: never a hang, never a hole in a batch.
+- What cannot be used drops its group with a reason (``lost``, ``corrupt``, ``rejected``, or what
+  the policy says), and the ledger gets its credit back: never a hang, never a hole in a batch.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import structlog
 
 from rollfleet.groups import Group
+from rollfleet.guarded import Guarded
 from rollfleet.line import Line
+from rollfleet.rollback import History
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import InvalidSampleError, WireError
 from rollfleet_common.messages import Header, Kind, Rollout, Sample
@@ -36,14 +38,18 @@ class Payloads:
         accept: Accept | None,
         drop: Callable[[Sequence[Group], str], Awaitable[None]],
         line: Line,
+        policy: Guarded,
+        history: History,
     ) -> None:
         self.streams = streams
         self.accept = accept
         self.drop = drop
         self.line = line
+        self.policy = policy
+        self.history = history
 
-    async def load(self, groups: Sequence[Group]) -> dict[str, list[Rollout]]:
-        """Rollouts by group, in the order of their index; without groups that were dropped."""
+    async def load(self, groups: Sequence[Group], version: int) -> dict[str, list[Rollout]]:
+        """Rollouts by group, by index, refined at `version`; without groups that were dropped."""
         loaded: dict[str, list[Rollout]] = {}
         for partition in {group.partition for group in groups}:
             here = [group for group in groups if group.partition == partition]
@@ -51,6 +57,8 @@ class Payloads:
                 payloads = await self._fetch(partition, some)
                 for group in some:
                     rollouts, reason = self._decode(group, payloads)
+                    if not reason and group.kind is Kind.TRAIN:
+                        rollouts, reason = self._refine(rollouts, version)
                     if reason:
                         await self.drop([group], reason)
                     else:
@@ -95,9 +103,17 @@ class Payloads:
                 log.warning("payload refused", group=group.name, index=index, error=str(exc))
                 return [], "corrupt"
             rollouts.append(Rollout(header, samples))
-        if self.accept is not None and not self.accept(rollouts):
-            return [], "rejected"
         return rollouts, ""
+
+    def _refine(self, rollouts: list[Rollout], version: int) -> tuple[list[Rollout], str]:
+        """As they are to be trained on, or why not."""
+        dated = [self.history.redate(rollout) for rollout in rollouts]
+        refined = self.policy.refine(dated, version)
+        if isinstance(refined, str):
+            return [], refined
+        if self.accept is not None and not self.accept(refined):
+            return [], "rejected"
+        return list(refined), ""
 
 
 def _pieces(groups: Sequence[Group]) -> Iterator[list[Group]]:

@@ -1,6 +1,6 @@
 """What a trainer can be told, by argument, variable or TOML file."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,17 @@ class TrainerSettings(Settings):
         ge=1,
         description="Train on a torn group if so many of its samples came; whole groups only if "
         "not given.",
+    )
+    policy: Literal["drop", "mask", "wait", "standard", "segment", "segment-recomputed"] = Field(
+        "drop", description="What to do with what is too old; see docs/policies.md."
+    )
+    order: Literal["oldest", "freshest", "windowed"] = Field(
+        "oldest", description="Which ready groups go into a batch first."
+    )
+    on_rollback: Literal["replay", "drop"] = Field(
+        "replay",
+        description="Rollouts of weights that a resume lost: count them as far away as they were, "
+        "or drop them.",
     )
     partitions: int = Field(
         1, ge=1, le=1024, description="Hash tags that the run is spread over, for a Redis Cluster."

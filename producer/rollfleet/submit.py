@@ -29,6 +29,8 @@ log = structlog.get_logger("rollfleet.trainer")
 
 #: How long a blocked submission goes without looking at the ledger itself.
 LOOK_S = 1.0
+#: How many groups that are no longer out may be remembered.
+KEEP = 1000
 
 
 class Submitter:
@@ -43,6 +45,7 @@ class Submitter:
         books: Reads the ledger.
         check: Raises whatever failed in the background.
         line: To Redis.
+        version: The trainer's.
         out: Takes the prompts of the groups that are out, in case Redis forgets them.
         cursor: Position of the last prompt that was fed before; -1 if none was.
         again: Positions up to that which are to be fed again.
@@ -57,6 +60,7 @@ class Submitter:
         settings: TrainerSettings,
         pacer: Pacer,
         books: Callable[[], Awaitable[Books]],
+        version: Callable[[], int],
         check: Callable[[], None],
         line: Line,
         out: MutableMapping[str, Prompt],
@@ -71,9 +75,12 @@ class Submitter:
         self.books = books
         self.check = check
         self.line = line
+        self.version = version
         self.cursor = cursor
         self.again = again
         self.out = out
+        #: The version at which each of them was submitted.
+        self.submitted: dict[str, int] = {}
         #: Set whenever credit may have come back.
         self.credit = asyncio.Event()
         self.feeder: Feeder | None = None
@@ -197,6 +204,7 @@ class Submitter:
         """Submit to one partition; returns how many were taken before it was full."""
         # A partition knows its own part only: with several, the sum is ours to watch.
         limit = self.pacer.limit if len(self.streams) == 1 else -1
+        version = self.version()  # before the call: what is claimed during it is no older
         states, outstanding = await self.line(
             lambda: self.streams[partition].submit(
                 self.token, limit, row, self.settings.max_prompt_bytes
@@ -206,6 +214,9 @@ class Submitter:
         for group, state in zip(row, states, strict=True):
             if state is Submitted.YES:
                 self.out[group.prompt.group] = group.prompt
+                self.submitted[group.prompt.group] = version
+        if len(self.submitted) > 2 * len(self.out) + KEEP:
+            self.submitted = {name: self.submitted[name] for name in self.out}
         if len(self.streams) == 1:
             self.pacer.outstanding = outstanding
         else:

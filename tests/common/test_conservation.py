@@ -310,7 +310,7 @@ class History(RuleBasedStateMachine):
         assert not arrivals.garbage_tombstones
         for entry, header in arrivals.headers:
             assert (header.group, header.index) not in self.committed
-            member = Member(entry, header, header.min_version)
+            member = Member(entry, header, header.min_version, header.max_version)
             closed, duplicate = self.groups.arrive(0, member)
             assert not duplicate
             if closed is not None:

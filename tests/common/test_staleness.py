@@ -134,13 +134,18 @@ def test_a_good_shape_passes():
         ({"batch_size": 200}, r"\(2 \+ 1\) x 64 = 192 samples"),
         ({"group_size": 128, "batch_size": 256}, r"\(2 \+ 1\) x 64 = 192"),
         (
+            {"batch_size": 192, "oversample": 2},
+            r"with 184 of its 192 .* 8 \+ 2 = 10 more.*\(2 \+ 1\) x 64 = 192 .* to 65",
+        ),
+        ({"batch_size": 192, "torn": True}, r"with 191 of its 192 .* 8 \+ 0 = 8 more"),
+        (
             {"max_staleness": 0},
             r"pipeline_depth = 2 .* max_staleness = 0: \(2 \+ 1\) x 64 = 192 .* <= 0",
         ),
     ],
 )
 def test_a_shape_that_must_wait_for_itself_is_refused_with_the_arithmetic(
-    change: dict[str, int], message: str
+    change: dict[str, Any], message: str
 ):
     with pytest.raises(SettingsError, match=message):
         check_shape(**{**GOOD, **change})

@@ -262,7 +262,7 @@ def group(name: str, n: int, *versions: int, torn: str = "") -> Group:
     g = Group(name, n, Kind.TRAIN, "default", 0, seq=int(name))
     for i, version in enumerate(versions):
         header: Any = SimpleNamespace(min_version=version, max_version=version)
-        g.members[i] = Member("", header, version)
+        g.members[i] = Member("", header, version, version)
     if torn:
         t = Tombstone(name, n - 1, n, Kind.TRAIN, "default", torn, "")
         g.tombstones[n - 1] = ("", t)

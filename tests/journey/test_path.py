@@ -19,6 +19,10 @@ from rollfleet.freshness import BasePolicy
 SHAPE: dict[str, Any] = {"samples_per_version": 8, "group_size": 4, "starve_s": 30.0}
 
 
+def with_shape(**changes: Any) -> dict[str, Any]:
+    return {**SHAPE, **changes}
+
+
 def prompts(count: int, **data: Any) -> Iterator[dict[str, Any]]:
     for i in range(count):
         yield {"token_ids": [1, 2, 3], "answer": float(i), **data}
@@ -91,7 +95,7 @@ def test_rows_of_different_length_are_padded(redis_url: str, processes: Processe
 
 def test_versions_are_those_of_the_board(redis_url: str, processes: Processes) -> None:
     worker = processes.worker(redis_url, "versions")
-    shape = SHAPE | {"samples_per_version": 4}
+    shape: dict[str, Any] = SHAPE | {"samples_per_version": 4}
     with rollfleet.connect(redis_url, run="versions", version=5, **shape) as fleet:
         for version in (5, 6, 9):
             if version != fleet.version:
@@ -175,7 +179,7 @@ def test_an_empty_feed_ends_at_once(redis_url: str) -> None:
 
 
 def test_a_worker_reads_only_its_own_routes(redis_url: str, processes: Processes) -> None:
-    shape = SHAPE | {"samples_per_version": 16}
+    shape: dict[str, Any] = SHAPE | {"samples_per_version": 16}
     with rollfleet.connect(redis_url, run="routes", **shape) as fleet:
         processes.worker(redis_url, "routes", "a=Echo")
         for route in ("a", "b", "a", "b"):
@@ -220,7 +224,7 @@ def test_scaling_from_one_worker_to_three_and_back(
     one = processes.worker(redis_url, "scale", "Slow", slots=4)
     more = []
     seen: list[tuple[str, int]] = []
-    shape = SHAPE | {"samples_per_version": 16, "max_staleness": 8}
+    shape: dict[str, Any] = SHAPE | {"samples_per_version": 16, "max_staleness": 8}
     with rollfleet.connect(redis_url, run="scale", **shape) as fleet:
         fleet.feed(prompts(60, trace=str(trace)))
         for batch in fleet.batches():
@@ -242,7 +246,7 @@ def test_scaling_from_one_worker_to_three_and_back(
 
 def test_slots_bound_what_runs_at_once(redis_url: str, processes: Processes, tmp_path: Any) -> None:
     gate, trace = tmp_path / "gate", tmp_path / "trace"
-    shape = SHAPE | {"samples_per_version": 12}
+    shape: dict[str, Any] = SHAPE | {"samples_per_version": 12}
     with rollfleet.connect(redis_url, run="slots", **shape) as fleet:
         # Fewer slots than routes, all of which have work.
         for route in ("a", "b", "c"):
@@ -314,10 +318,8 @@ def test_wait_keeps_what_came_when_it_is_too_early(redis_url: str, processes: Pr
         with pytest.raises(rollfleet.StarvedError, match="4 samples wait for a worker"):
             fleet.wait(1, timeout=0.2)
         processes.worker(redis_url, "wait")
-        with pytest.raises(
-            rollfleet.StarvedError, match="a batch of 8 samples did not come within 1.5 s"
-        ):
-            wait_until(lambda: fleet.books().handed_out == 4, "the first group", 30.0)
+        wait_until(lambda: fleet.books().handed_out == 4, "the first group", 30.0)
+        with pytest.raises(rollfleet.StarvedError, match="a batch of 8 samples did not come wi"):
             fleet.wait(2, timeout=1.5)
         fleet.submit({"token_ids": [1]})
         assert len(fleet.wait(2)) == 8
@@ -366,7 +368,7 @@ def test_rollout_batch_gives_up_on_a_prompt_that_is_always_rejected(
 
 @pytest.mark.leaves_keys("nobody ran the prompts", "rf:*:prompts:*", "rf:*:group:*")
 def test_rollout_batch_never_hangs_without_workers(redis_url: str) -> None:
-    with rollfleet.connect(redis_url, run="hang", **SHAPE | {"max_staleness": 0}) as fleet:
+    with rollfleet.connect(redis_url, run="hang", **with_shape(max_staleness=0)) as fleet:
         # The second one has no room to submit: the first one's prompts are still out.
         for _ in range(2):
             began = time.monotonic()
@@ -377,7 +379,7 @@ def test_rollout_batch_never_hangs_without_workers(redis_url: str) -> None:
 
 @pytest.mark.leaves_keys("nobody ran the prompts", "rf:*:prompts:*", "rf:*:group:*")
 def test_submit_never_hangs_without_room(redis_url: str) -> None:
-    shape = SHAPE | {"max_staleness": 0, "starve_s": 0.5}
+    shape: dict[str, Any] = SHAPE | {"max_staleness": 0, "starve_s": 0.5}
     with rollfleet.connect(redis_url, run="room", **shape) as fleet:
         for _ in range(2):
             fleet.submit({"token_ids": [1]})
@@ -490,7 +492,7 @@ def test_staleness_is_judged_when_the_batch_is_handed_over(
 
 
 def settings(redis_url: str, run: str, **changes: Any) -> rollfleet.TrainerSettings:
-    return rollfleet.TrainerSettings(redis_url=redis_url, run=run, **SHAPE | changes)
+    return rollfleet.TrainerSettings(redis_url=redis_url, run=run, **with_shape(**changes))
 
 
 async def test_the_async_twin(redis_url: str, processes: Processes) -> None:

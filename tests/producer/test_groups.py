@@ -12,7 +12,7 @@ from rollfleet_common.messages import Claim, Kind, Tombstone
 def member(group: str, index: int, n: int = 3, *, version: int = 0, entry: str = "") -> Member:
     claim = Claim(prompt_of(group, n), index, 1, f"{index + 1}-0", 0, 0)
     header = delivery_of(claim, version=version).header
-    return Member(entry or f"{group}-{index}", header, version)
+    return Member(entry or f"{group}-{index}", header, version, version)
 
 
 def stone(group: str, index: int, n: int = 3, reason: str = "dead") -> Tombstone:

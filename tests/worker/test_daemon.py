@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rollfleet
 from fixtures.fake_vllm import FakeVllm
 from fixtures.fleet_processes import Process, Processes, lines
 from fixtures.servers import MakeServer
 from support import wait_until, wait_until_async
 
+import rollfleet
 from rollfleet_common.redis import connect_sync
 
 SHAPE: dict[str, Any] = {
@@ -23,6 +23,10 @@ SHAPE: dict[str, Any] = {
     "lease_s": 1.0,
     "starve_s": 40.0,
 }
+
+
+def with_shape(**changes: Any) -> dict[str, Any]:
+    return {**SHAPE, **changes}
 
 
 def free_port() -> int:
@@ -148,7 +152,8 @@ def test_an_unreachable_redis_is_waited_for(make_server: MakeServer, processes: 
 
 def letters(url: str, run: str) -> list[dict[bytes, bytes]]:
     with connect_sync(url, role="test") as client:
-        return [fields for _, fields in client.xrange(f"rf:{{{run}/0}}:dead")]
+        entries: Any = client.xrange(f"rf:{{{run}/0}}:dead")
+        return [fields for _, fields in entries]
 
 
 @pytest.mark.leaves_keys("dead letters stay until they are purged", "rf:*:dead")
@@ -182,7 +187,7 @@ def test_workflows_that_fail_close_their_groups_and_harm_nobody(
         attempts_timeout=2,
         reward_processes=1,
     )
-    with rollfleet.connect(redis_url, run="acts", **SHAPE | {"samples_per_version": 64}) as fleet:
+    with rollfleet.connect(redis_url, run="acts", **with_shape(samples_per_version=64)) as fleet:
         for act in acts:
             # One member of the group fails; and one group in between is well.
             fleet.submit({"token_ids": [1, 2, 3], "act": act, "index": 2, "trace": str(trace)})

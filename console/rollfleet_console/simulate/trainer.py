@@ -155,7 +155,7 @@ class Trainer:
             self._give_up(work, "stale")
             self._feed()
             return
-        member = Member("", self._header(work), work.version)
+        member = Member("", self._header(work), work.version, self.version)
         closed, twice = self.groups.arrive(0, member)
         assert not twice, "every sample is delivered once"  # noqa: S101 - a defect
         self._closed(closed)
