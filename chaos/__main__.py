@@ -85,12 +85,18 @@ def _faults(options: Any) -> int:
         for name in faults.ROWS:
             print(name)
         return 0
-    results = faults.run(options.only)
+    rows: dict[str, dict[str, Any]] = {}
+    if options.only and options.json and options.json.exists():
+        # Some rows played again take their places among those played before.
+        rows = {row["name"]: row for row in json.loads(options.json.read_text())}
+    played = {result.row.name: result.as_json() for result in faults.run(options.only)}
+    rows |= played
+    ordered = [rows[name] for name in faults.ROWS if name in rows]
     if options.json:
-        options.json.write_text(json.dumps([r.as_json() for r in results], indent=1) + "\n")
+        options.json.write_text(json.dumps(ordered, indent=1) + "\n")
     if options.table:
-        table.write(options.table, results)
-    return 1 if any(r.result == "fail" for r in results) else 0
+        table.write(options.table, ordered)
+    return 1 if any(row["result"] == "fail" for row in played.values()) else 0
 
 
 def _mutants(options: Any) -> int:

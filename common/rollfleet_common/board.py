@@ -142,6 +142,14 @@ class Board:
         )
         return policy, Shape.loads(shape.decode())
 
+    async def warnings(self) -> list[str]:
+        """What the trainer finds wrong with the flow, a sentence each."""
+        try:
+            said = json.loads(await self.client.hget(self.keys.board, "warnings") or b"[]")
+        except ValueError:
+            return []
+        return [str(sentence) for sentence in said] if isinstance(said, list) else []
+
     async def last_batch(self) -> int:
         """The number of the youngest batch that was ever planned; 0 if none was."""
         return int(await self.client.hget(self.keys.board, "last_batch") or 0)

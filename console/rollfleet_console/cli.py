@@ -165,6 +165,10 @@ def demo(
     max_staleness: Annotated[
         int | None, typer.Option(help="Versions behind; 0 trains synchronously.", min=0)
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="What is done about the stale: drop, mask, wait, standard, segment."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.", min=1)] = None,
     target: Annotated[
         float | None, typer.Option(help="End at this reward, as a mean of 10 steps.", min=0, max=1)
@@ -181,6 +185,7 @@ def demo(
         "report": report,
         "kill_worker_at": kill_worker_at,
         "max_staleness": max_staleness,
+        "policy": policy,
         "workers": workers,
         "target": target,
         "out": out,

@@ -29,8 +29,9 @@ async def take(client: Any, run: str) -> Snapshot:
     keys = RunKeys(check_name(run, "the run"))
     seconds, micros = await client.time()
     now_ms = int(seconds) * 1000 + int(micros) // 1000
-    board = await Board(client, keys).read()
-    policy, shape = board or (None, None)
+    board = Board(client, keys)
+    policy, shape = await board.read() or (None, None)
+    warnings = await board.warnings()
     who = (await client.hget(keys.board, "who") or b"").decode("utf-8", "replace")
     left_ms = int(await client.pttl(keys.trainer))
     partitions = [keys.partition(p) for p in range(shape.partitions if shape else 1)]
@@ -53,7 +54,7 @@ async def take(client: Any, run: str) -> Snapshot:
         strangers={name: n for name, n in sorted(pending.items()) if name not in known and n},
         unreadable=unreadable,
     )
-    return replace(snapshot, reasons=explain(snapshot))
+    return replace(snapshot, reasons=[*explain(snapshot), *warnings])
 
 
 # ---- workers -------------------------------------------------------------------------------------

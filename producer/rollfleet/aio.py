@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import json
 import os
 import secrets
 import socket
@@ -300,9 +301,19 @@ class AsyncFleet:
                 await self.line(self.reviver.reconcile, "look for what an outage lost")
 
     async def _tend(self) -> None:
-        """Close groups that are past their deadline."""
+        """Close groups that are past their deadline; keep what is worth a warning on the board."""
+        shown = ""
         while True:
             await asyncio.sleep(DEADLINE_S)
+            said = self.meter.warnings(self.settings.max_staleness)
+            if (text := json.dumps(said)) != shown:
+                for sentence in said:
+                    log.warning(sentence)
+                await self.line(
+                    lambda text=text: self.board.publish(self.token, {"warnings": text}),  # type: ignore[misc]
+                    "publish warnings",
+                )
+                shown = text
             now_ms = time.time() * 1000
             late = [p.group for p in self._out.values() if 0 < p.deadline_ms < now_ms]
             for group in late:

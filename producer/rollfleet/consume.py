@@ -341,8 +341,8 @@ class Consumer:
             self.settled(sum(m.header.kind is Kind.TRAIN for m in members))
 
     def knows(self, name: str) -> bool:
-        """Whether any of a group has come."""
-        places = (self.groups.open, self.ready, self.handed, self.evals)
+        """Whether all of a group has come; what is missing of an open one may be lost."""
+        places = (self.ready, self.handed, self.evals)
         return any(name in place for place in places)
 
     def reset(self) -> None:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 def connect(
     redis_url: str | None = None,
     *,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     should_accept: Accept | None = None,
     state: Mapping[str, Any] | None = None,
     version: int | None = None,
@@ -39,7 +39,8 @@ def connect(
 
     Args:
         redis_url: ``redis://``, ``rediss://``, ``unix://`` or ``embedded://`` (a server of our own).
-        policy: Which groups may be trained on; by default those within `max_staleness`.
+        policy: What may be trained on: a policy, or the name of one (``drop``, the default,
+            ``mask``, ``wait``, ``standard``, ``segment``, ``segment-recomputed``).
         should_accept: Told the rollouts of a group; False drops it and another takes its place.
         state: What :meth:`Fleet.state_dict` returned, to resume from a checkpoint.
         version: The policy's version now; by default wherever the run is.
@@ -53,6 +54,8 @@ def connect(
     """
     if redis_url is not None:
         settings["redis_url"] = redis_url
+    if isinstance(policy, str):
+        settings["policy"], policy = policy, None
     loaded = TrainerSettings.load(**settings)
     url, server = resolve(loaded.redis_url)
     loaded = loaded.model_copy(update={"redis_url": url})

@@ -34,7 +34,8 @@ def test_the_table_is_written_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     row = Row("a fault", "what was done", lambda _: None)
-    table.write(page, [Result(row, "pass", recovery_s=1.25), Result(row, "fail", why="a | b")])
+    played = [Result(row, "pass", recovery_s=1.25), Result(row, "fail", why="a | b")]
+    table.write(page, [result.as_json() for result in played])
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -161,6 +161,8 @@ def outcome() -> Outcome:
         seed=3,
         workers=2,
         staleness_bound=2,
+        policy="drop",
+        bounded=True,
         steps=[step(number, number / 20) for number in range(1, 21)],
         books=books,
         audit=audit([row(0, 3, 5)], [made(3)]),

@@ -287,7 +287,7 @@ def test_a_frozen_redis_is_away(
         proxy.pause()
         wait_until(lambda: worker.page("/readyz")[0] == 503, "it to notice", 30.0)
         # It stays so, although every call takes its whole timeout to fail.
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 7
         while time.monotonic() < deadline:
             assert worker.page("/readyz") == (503, "no-redis\n")
             time.sleep(0.1)

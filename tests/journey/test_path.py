@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import rollfleet
 from rollfleet.freshness import BasePolicy
+from rollfleet_common.redis import connect_sync
 
 SHAPE: dict[str, Any] = {"samples_per_version": 8, "group_size": 4, "starve_s": 30.0}
 
@@ -262,6 +263,44 @@ def test_slots_bound_what_runs_at_once(redis_url: str, processes: Processes, tmp
         assert batch is not None
         fleet.commit(batch)
         wait_until(lambda: worker.metric("rollfleet_slots_busy") == 0, "no slot to be busy")
+        assert_empty(fleet)
+
+
+def test_leases_of_two_routes_are_two_although_their_entries_have_one_name(
+    redis_url: str, processes: Processes, tmp_path: Any
+) -> None:
+    """Stream ids are unique in one stream only."""
+    trace = tmp_path / "trace"
+    routes = ("a", "b", "c", "d")
+    with (
+        connect_sync(redis_url, role="test") as client,
+        rollfleet.connect(redis_url, run="names", **SHAPE) as fleet,
+    ):
+        for route in routes:
+            fleet.submit({"token_ids": [1], "route": route, "n": 1, "trace": str(trace)})
+        # The same entries once more, under one id each.
+        for route in routes:
+            stream = f"rf:{{names/0}}:prompts:{route}"
+            entries: Any = client.xrange(stream)
+            ((old, fields),) = entries
+            client.xdel(stream, old)
+            entry = client.xadd(stream, fields, "9999999999999-1")
+            client.hset(f"rf:{{names/0}}:group:{fields[b'g'].decode()}", "0", b"p" + entry)  # type: ignore[operator]  # pyright: ignore[reportOperatorIssue]
+        flags = [f"{route}=Slow" for route in routes]
+        worker = processes.worker(redis_url, "names", *flags, slots=4, lease_s=1)
+        batch = fleet.next_batch(4)
+        assert batch is not None
+        assert {r.header.route for r in batch.rollouts} == set(routes)
+        fleet.commit(batch)
+        wait_until(lambda: worker.metric("rollfleet_slots_busy") == 0, "no slot to be busy")
+        assert len(lines(trace)) == 4
+        # All four slots are free again.
+        for _ in range(4):
+            fleet.submit({"token_ids": [1], "route": "a", "n": 1, "seconds": 0.3})
+        wait_until(lambda: worker.metric("rollfleet_slots_busy") == 4, "four to run at once", 30.0)
+        batch = fleet.next_batch(4)
+        assert batch is not None
+        fleet.commit(batch)
         assert_empty(fleet)
 
 

@@ -93,7 +93,7 @@ async def test_a_read_that_fails_gives_back_no_slot_of_an_episode() -> None:
         reader=None,
         routes=["default"],
         slots=slots,
-        settings=WorkerSettings(workflows={"default": "a:B"}),
+        settings=WorkerSettings.load(workflows={"default": "a:B"}),
         metrics=Metrics(),
         gate=gate,
         spawn=begun.append,

@@ -32,6 +32,8 @@ log = structlog.get_logger("rollfleet.worker")
 
 #: One blocking read; the longest that a stop has to wait for it.
 BLOCK_MS = 500
+#: The same where not all streams can be read at once.
+TURN_MS = 50
 #: While a suspect runs, how soon to look for the next.
 SUSPECT_S = 0.5
 #: Pause after Redis could not be reached, at most (full jitter).
@@ -42,8 +44,8 @@ class Claimer:
     """Claims for one partition.
 
     `spawn(claim)` begins an episode and owns one slot from then on; `refuse(claim, failure)` ends a
-    lease without one; `gate()` returns once this worker may claim; `owns(entry)` tells whether an
-    entry is alive here already.
+    lease without one; `gate()` returns once this worker may claim; `owns(claim)` tells whether it
+    is alive here already.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Claimer:
         gate: Callable[[], Awaitable[None]],
         spawn: Callable[[Claim], None],
         refuse: Callable[[Claim, Failure], None],
-        owns: Callable[[str], bool],
+        owns: Callable[[Claim], bool],
         on_wait: Callable[[Exception, float], None],
         alone: bool,
     ) -> None:
@@ -79,8 +81,8 @@ class Claimer:
         self.alone = alone
         #: Slots taken that no episode has yet.
         self._spare = 0
-        #: Entry of the last prompt taken that may be what killed its workers.
-        self._suspect = ""
+        #: The last prompt taken that may be what killed its workers.
+        self._suspect: Claim | None = None
         self._grouped = False
         self._next_reclaim = 0.0
 
@@ -93,8 +95,8 @@ class Claimer:
             # Who reads the only stream there is blocks with all free slots. Of several streams and
             # partitions each blocks with one slot, and tops up when it has found work: slots that
             # wait at an empty stream are missing at a full one.
-            least = len(self.routes)
-            self._spare = await self.slots.take(least, self.slots.total if self.alone else least)
+            most = self.slots.total if self.alone else len(self.routes)
+            self._spare = await self.slots.take(1, most)
             try:
                 await self._fill(stopping)
             except Exception as exc:  # noqa: BLE001 - what is not transient is raised again
@@ -115,16 +117,28 @@ class Claimer:
         if not self._spare or stopping.is_set():
             return
         random.shuffle(self.routes)  # no route is always read first
-        await self._read(BLOCK_MS if self._spare == had else None)
-        if not self.alone and self._spare < had:
+        found = await self._look(BLOCK_MS if self._spare == had else None)
+        if found and not self.alone and not stopping.is_set():
             # Work is there: top up without waiting.
             self._spare += self.slots.try_take(self.slots.total)
-            if self._spare and not stopping.is_set():
-                await self._read(None)
+            if self._spare:
+                await self._read(found[: self._spare], None)
 
-    async def _read(self, block_ms: int | None) -> None:
-        # COUNT is per stream: never more streams than slots.
-        routes = self.routes[: self._spare]
+    async def _look(self, block_ms: int | None) -> list[str]:
+        """Read all routes, and wait for the first prompt if there is none; the routes with work."""
+        if len(self.routes) <= self._spare:
+            return await self._read(self.routes, block_ms)
+        # COUNT is per stream: with fewer slots than streams, these are read in turns.
+        left = self.routes
+        while left:
+            part, left = left[: self._spare], left[self._spare :]
+            if found := await self._read(part, None):
+                return found
+        if block_ms is None:
+            return []
+        return await self._read(self.routes[: self._spare], TURN_MS)
+
+    async def _read(self, routes: Sequence[str], block_ms: int | None) -> list[str]:
         claims, garbage = await self.streams.claim(
             self.reader, self.leases.worker, routes, self._spare // len(routes), block_ms
         )
@@ -135,6 +149,7 @@ class Claimer:
             self._begin(claim)
         for entry in garbage:
             await self._bury(entry)
+        return list({claim.prompt.route for claim in claims})
 
     def _begin(self, claim: Claim) -> None:
         """The slot is the episode's from here on, whatever fails after it."""
@@ -155,12 +170,12 @@ class Claimer:
                 lease_ms,
                 self._spare,
                 poison=poison,
-                suspects=0 if self.owns(self._suspect) else 1,
+                suspects=0 if self._suspected() else 1,
             )
             for claim, deliveries, owner in taken:
                 if isinstance(claim, Garbage):
                     garbage.append(claim)
-                elif self.owns(claim.entry):
+                elif self.owns(claim):
                     continue  # our own renewal was late; it runs here
                 elif deliveries > poison:
                     detail = f"its worker died {deliveries - 1} times, last {owner}"
@@ -175,13 +190,16 @@ class Claimer:
                     )
                     self.metrics.reclaimed.inc()
                     if deliveries == poison:
-                        self._suspect = claim.entry
+                        self._suspect = claim
                     self._begin(claim)
-        if self.owns(self._suspect):
+        if self._suspected():
             # There may be more, which wait for this one's end.
             self._next_reclaim = min(self._next_reclaim, time.monotonic() + SUSPECT_S)
         for entry in garbage:
             await self._bury(entry)
+
+    def _suspected(self) -> bool:
+        return self._suspect is not None and self.owns(self._suspect)
 
     async def _bury(self, garbage: Garbage) -> None:
         log.error("garbage on the prompts stream", entry=garbage.entry, why=garbage.why)

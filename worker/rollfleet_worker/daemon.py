@@ -54,6 +54,9 @@ __all__ = ["Worker", "run"]
 
 log = structlog.get_logger("rollfleet.worker")
 
+#: Partition, route and stream entry.
+_Key = tuple[int, str, str]
+
 OK, DEFECT, REFUSED, UNDELIVERED = 0, 1, 2, 3
 RELEASE = version("rollfleet")
 #: How long the last words to Redis may take when the drain deadline has passed.
@@ -76,9 +79,9 @@ class Worker:
         self.pool: EnginePool | None = None
         self.follower: Follower | None = None
         self.outboxes: list[Outbox] = []
-        self._alive: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
+        self._alive: dict[_Key, tuple[Claim, asyncio.Task[None]]] = {}
         #: What the board said when an episode that runs now began, by entry.
-        self._running: dict[str, PolicyVersion] = {}
+        self._running: dict[_Key, PolicyVersion] = {}
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         #: A call failed, and none was answered since; so for a moment at least.
@@ -153,8 +156,8 @@ class Worker:
                 self._free(claim)
                 self._track(claim, self.outboxes[claim.partition].give_up(claim, why))
 
-    def _lost(self, partition: int, entry: str) -> None:
-        if (held := self._alive.get(f"{partition}/{entry}")) is not None:
+    def _lost(self, partition: int, route: str, entry: str) -> None:
+        if (held := self._alive.get((partition, route, entry))) is not None:
             claim, task = held
             log.info("lease lost, episode cancelled", group=claim.prompt.group, index=claim.index)
             task.cancel()
@@ -404,7 +407,7 @@ class Worker:
                     gate=self._gate,
                     spawn=self._spawn,
                     refuse=self._refuse,
-                    owns=lambda entry, p=partition: f"{p}/{entry}" in self._alive,  # type: ignore[misc]
+                    owns=lambda claim: _key(claim) in self._alive,
                     on_wait=self._on_wait,
                     alone=partitions * len(self.routes) == 1,
                 )
@@ -496,8 +499,9 @@ class Worker:
             log.info("handed back", route=route, leases=back)
 
 
-def _key(claim: Claim) -> str:
-    return f"{claim.partition}/{claim.entry}"
+def _key(claim: Claim) -> _Key:
+    """Names a lease: entries of two routes may bear the same id."""
+    return claim.partition, claim.prompt.route, claim.entry
 
 
 def _is_setup(task: "asyncio.Task[Any]") -> bool:

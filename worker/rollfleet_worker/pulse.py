@@ -38,8 +38,8 @@ GONE_S = 3600.0
 class Pulse:
     """All that a worker does on a clock.
 
-    `active()` gives (partition, route, entries) of all leases; `lost(partition, entry)` is told of
-    each that is no longer ours; `card()` describes the worker.
+    `active()` gives (partition, route, entries) of all leases; `lost(partition, route, entry)` is
+    told of each that is no longer ours; `card()` describes the worker.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Pulse:
         lease_s: float,
         metrics: Metrics,
         active: Callable[[], Mapping[tuple[int, str], Sequence[str]]],
-        lost: Callable[[int, str], None],
+        lost: Callable[[int, str, str], None],
         card: Callable[[], Mapping[str, Any]],
         on_wait: Callable[[Exception, float], None],
     ) -> None:
@@ -107,7 +107,7 @@ class Pulse:
         for (partition, route), entries in self.active().items():
             for entry in await self.leases[partition].renew(route, entries):
                 self.metrics.lost.inc()
-                self.lost(partition, entry)
+                self.lost(partition, route, entry)
 
     async def _promote_once(self) -> float:
         soonest = PROMOTE_S

@@ -56,6 +56,13 @@ class Trained:
     versions: tuple[int, ...]
     reward: float
     logprobs: tuple[float, ...] = ()
+    #: Which tokens of the completion were trained on; all if it does not say.
+    trained: tuple[bool, ...] = ()
+
+    def oldest(self, truth: tuple[int, ...]) -> int | None:
+        """The oldest weights of a token that was trained on; None if none was."""
+        mask = self.trained or (True,) * len(truth)
+        return min((made for made, on in zip(truth, mask, strict=True) if on), default=None)
 
 
 @dataclass(slots=True)
@@ -130,6 +137,7 @@ def read_trained(path: Path) -> Iterator[Trained]:
                     versions=tuple(row["versions"]),
                     reward=row["reward"],
                     logprobs=tuple(row["logprobs"]),
+                    trained=tuple(row["trained"]),
                 )
 
 
@@ -179,8 +187,10 @@ def _match(found: Audit, claims: Sequence[_Claim], lines: Sequence[_Truth]) -> N
             claim.truth = min(lines, key=min)
     unused = [min(truth) for truth in +left]
     for claim in claims:
-        oldest = min(claim.truth)
-        found.mixed += max(claim.truth) > oldest
+        found.mixed += max(claim.truth) > min(claim.truth)
+        oldest = claim.row.oldest(claim.truth)
+        if oldest is None:
+            continue  # kept for its reward only
         behind = claim.row.version - oldest
         found.by_step[claim.row.step][behind] += 1
         found.max_staleness = max(found.max_staleness, behind)

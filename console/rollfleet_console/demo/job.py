@@ -45,6 +45,8 @@ WARM_STEPS = 18
 SMOOTH_STEPS = 10
 #: Longest wait for a batch before it is said that something is wrong; steps take a fraction of one.
 STARVE_S = 30.0
+#: Policies that keep every trained token within max_staleness; the others report its age.
+BOUNDED = ("drop", "mask")
 #: Of the examples of the warm start, so that they are not the prompts of the training.
 WARM_SEED = 1_000_003
 
@@ -60,6 +62,8 @@ class Options:
     #: Kill a worker with -9 after this step, and start another.
     kill_worker_at: int | None = None
     max_staleness: int = 2
+    #: One of the trainer's staleness policies.
+    policy: str = "drop"
     workers: int = 2
     out: Path = Path("demo-out")
     #: End once the mean reward of 10 steps has reached this.
@@ -134,6 +138,7 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
                 samples_per_version=PROMPTS_A_STEP * GROUP_SIZE,
                 group_size=GROUP_SIZE,
                 max_staleness=options.max_staleness,
+                policy=options.policy,
                 servers=[processes.server_url],
                 starve_s=STARVE_S,
             )
@@ -154,6 +159,8 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
             seed=options.seed,
             workers=options.workers,
             staleness_bound=options.max_staleness,
+            policy=options.policy,
+            bounded=options.policy in BOUNDED,
             steps=loop.steps,
             books=books,
             audit=found,

@@ -147,16 +147,19 @@ def _mean_reward(batch: Batch) -> float:
 
 def _rows(tensors: TensorBatch) -> Iterator[dict[str, Any]]:
     """What the optimiser saw of each row, in plain types."""
-    prompts_mask = tensors.attention_mask & ~tensors.loss_mask
+    # By version, not by loss mask: a policy may have masked stale tokens of a completion.
+    completions = tensors.versions >= 0
+    prompts = tensors.attention_mask & ~completions
     for row in range(tensors.rows):
-        mask = tensors.loss_mask[row]
+        mask = completions[row]
         group = int(tensors.group_ids[row])
         yield {
             "group": tensors.groups[group],
             "index": tensors.headers[int(tensors.rollout_ids[row])].index,
-            "prompt": _picked(tensors.input_ids[row], prompts_mask[row]),
+            "prompt": _picked(tensors.input_ids[row], prompts[row]),
             "completion": _picked(tensors.input_ids[row], mask),
             "versions": _picked(tensors.versions[row], mask),
+            "trained": tensors.loss_mask[row][mask].tolist(),
             "logprobs": tensors.logprobs[row][mask].tolist(),
             "reward": float(tensors.rewards[row]),
         }
