@@ -77,12 +77,14 @@ def _p5_late(part: str) -> None:
     """Leases of the dead are taken over after ten times their length."""
     from rollfleet_common import leases  # noqa: PLC0415
 
-    reclaim = leases.Leases.reclaim
+    reclaim: Any = leases.Leases.reclaim
 
-    async def late(self: Any, streams: Any, route: str, lease_ms: int, count: int) -> Any:
-        return await reclaim(self, streams, route, lease_ms * 10, count)
+    async def late(
+        self: Any, streams: Any, route: str, lease_ms: int, *more: Any, **kw: Any
+    ) -> Any:
+        return await reclaim(self, streams, route, lease_ms * 10, *more, **kw)
 
-    leases.Leases.reclaim = late
+    setattr(leases.Leases, "reclaim", late)  # noqa: B010 - whatever its shape
 
 
 def _p6_leak(part: str) -> None:
@@ -98,7 +100,7 @@ def _p7_linger(part: str) -> None:
         await asyncio.sleep(3600)
         return 0
 
-    setattr(daemon.Worker, "_drain", linger)  # noqa: B010 - a planted bug of another shape
+    setattr(daemon.Worker, "_drain", linger)  # noqa: B010 - whatever its shape
 
 
 def _p8_trim(part: str) -> None:

@@ -6,6 +6,7 @@
 """
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,8 @@ def worker(
     ] = False,
 ) -> None:
     """Claim prompts, run episodes, deliver rollouts, until SIGTERM."""
+    # Until the daemon drains by itself it holds nothing: told to stop, it has drained already.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from rollfleet_worker.settings import WorkerSettings  # noqa: PLC0415  # heavy
 
     if check:

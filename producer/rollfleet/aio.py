@@ -26,7 +26,7 @@ from rollfleet.freshness import Policy
 from rollfleet.gather import Gather
 from rollfleet.guarded import Guarded, policy_named
 from rollfleet.line import Line
-from rollfleet.opening import check, seize, shape, wipe
+from rollfleet.opening import REACH_S, check, seize, shape, wipe
 from rollfleet.payloads import Accept, Payloads
 from rollfleet.publish import refit
 from rollfleet.recover import recover
@@ -127,9 +127,15 @@ class AsyncFleet:
             await check(self._client, s)
             if s.fresh:
                 await wipe(self._client, self.keys)
-            seized = await seize(self.board, self.token, s, self._want)
+            # Both may be repeated: the token is ours, and every step of them is idempotent.
+            seized = await retry(
+                lambda: seize(self.board, self.token, s, self._want),
+                what="take the run",
+                deadline_s=REACH_S,
+                url=s.redis_url,
+            )
             self.epoch, self.version = seized.epoch, seized.version
-            await self._build()
+            await retry(self._build, what="open the run", deadline_s=REACH_S, url=s.redis_url)
         except BaseException:
             await self._disconnect()
             raise
@@ -200,7 +206,13 @@ class AsyncFleet:
         self.consumer.replay = replay
         self.consumer.remember((group, index) for group, index in self._state.get("recent", ()))
         self.payloads = Payloads(
-            self.streams, self._accept, self.consumer.drop, self.line, self.policy, history
+            self.streams,
+            self._accept,
+            self.consumer.drop,
+            lambda: self.consumer.life,
+            self.line,
+            self.policy,
+            history,
         )
         self.commits = Commits(
             board=self.board,

@@ -75,6 +75,8 @@ class Consumer:
         self.out = out
         self.line = line
         self.groups = Groups(surplus)
+        #: How often Redis lost the run.
+        self.life = 0
         #: Closed groups that may be trained on, for train and eval.
         self.ready: dict[str, Group] = {}
         self.evals: dict[str, Group] = {}
@@ -316,6 +318,8 @@ class Consumer:
 
     async def drop(self, groups: Sequence[Group], reason: str) -> None:
         """Drop whole groups; their credit returns."""
+        # After a revival the same name may be a group of its own again: that one stays.
+        groups = [g for g in groups if self.ready.get(g.name, g) is g]
         self.given_up |= {group.name for group in groups} & self.reserved
         sorted_out: dict[tuple[int, str], list[Group]] = {}
         for group in groups:
@@ -347,6 +351,7 @@ class Consumer:
 
     def reset(self) -> None:
         """Redis lost the run: forget what was read of it, but not what was handed over."""
+        self.life += 1
         self.groups = Groups(self.surplus)
         for place in (self.ready, self.evals, self.replay, self.over):
             place.clear()

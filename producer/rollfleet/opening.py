@@ -12,7 +12,7 @@ from rollfleet_common.errors import BrokerSetupError, SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.redis import check_server, retry, safe_url
 
-__all__ = ["check", "seize", "shape", "wipe"]
+__all__ = ["REACH_S", "check", "seize", "shape", "wipe"]
 
 log = structlog.get_logger("rollfleet.trainer")
 

@@ -30,13 +30,18 @@ Accept = Callable[[Sequence[Rollout]], bool]
 
 
 class Payloads:
-    """Loads groups for one trainer; `drop(groups, reason)` is told of those that are no use."""
+    """Loads groups for one trainer.
+
+    `drop(groups, reason)` is told of those that are no use; `life()` counts how often Redis lost
+    the run.
+    """
 
     def __init__(
         self,
         streams: Sequence[Streams],
         accept: Accept | None,
         drop: Callable[[Sequence[Group], str], Awaitable[None]],
+        life: Callable[[], int],
         line: Line,
         policy: Guarded,
         history: History,
@@ -44,12 +49,17 @@ class Payloads:
         self.streams = streams
         self.accept = accept
         self.drop = drop
+        self.life = life
         self.line = line
         self.policy = policy
         self.history = history
 
     async def load(self, groups: Sequence[Group], version: int) -> dict[str, list[Rollout]]:
-        """Rollouts by group, by index, refined at `version`; without groups that were dropped."""
+        """Rollouts by group, by index, refined at `version`; without groups that were dropped.
+
+        Nothing at all if Redis lost the run meanwhile: the groups are sent again.
+        """
+        life = self.life()
         loaded: dict[str, list[Rollout]] = {}
         for partition in {group.partition for group in groups}:
             here = [group for group in groups if group.partition == partition]
@@ -59,11 +69,15 @@ class Payloads:
                     rollouts, reason = self._decode(group, payloads)
                     if not reason and group.kind is Kind.TRAIN:
                         rollouts, reason = self._refine(rollouts, version)
+                    if reason == "lost":
+                        await self.line.revive()
+                    if self.life() != life:
+                        return {}
                     if reason:
                         await self.drop([group], reason)
                     else:
                         loaded[group.name] = rollouts
-        return loaded
+        return loaded if self.life() == life else {}
 
     async def _fetch(self, partition: int, groups: Sequence[Group]) -> dict[str, bytes | None]:
         headers = [member.header for group in groups for member in group.members.values()]

@@ -331,11 +331,11 @@ def test_lost_replies(
                 if step in (2, 4):
                     # A few, in a row: repeats are lost as well. The trainer goes on meanwhile.
                     proxy.drop_replies(command)
-                    ends.append(threading.Thread(target=end, args=(proxy.replies_lost + 3,)))
+                    ends.append(threading.Thread(target=end, args=(proxy.replies_lost + 2,)))
                     ends[-1].start()
 
             def end(enough: int) -> None:
-                deadline = time.monotonic() + 1.0
+                deadline = time.monotonic() + 3.0
                 while proxy.replies_lost < enough and time.monotonic() < deadline:
                     time.sleep(0.01)
                 proxy.resume()

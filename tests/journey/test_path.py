@@ -284,8 +284,8 @@ def test_leases_of_two_routes_are_two_although_their_entries_have_one_name(
             entries: Any = client.xrange(stream)
             ((old, fields),) = entries
             client.xdel(stream, old)
-            entry = client.xadd(stream, fields, "9999999999999-1")
-            client.hset(f"rf:{{names/0}}:group:{fields[b'g'].decode()}", "0", b"p" + entry)  # type: ignore[operator]  # pyright: ignore[reportOperatorIssue]
+            entry: Any = client.xadd(stream, fields, "9999999999999-1")
+            client.hset(f"rf:{{names/0}}:group:{fields[b'g'].decode()}", "0", b"p" + entry)
         flags = [f"{route}=Slow" for route in routes]
         worker = processes.worker(redis_url, "names", *flags, slots=4, lease_s=1)
         batch = fleet.next_batch(4)

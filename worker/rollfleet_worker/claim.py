@@ -114,6 +114,9 @@ class Claimer:
         had = self._spare
         if time.monotonic() >= self._next_reclaim:
             await self._reclaim()
+            if not self._spare:
+                # There may be more of the dead's, and these go ahead of what is fresh.
+                self._next_reclaim = 0.0
         if not self._spare or stopping.is_set():
             return
         random.shuffle(self.routes)  # no route is always read first
