@@ -252,9 +252,7 @@ class Consumer:
             log.error("header cannot be read", entry=garbage.entry, why=garbage.why)
             lost = _whose(garbage)
             if lost is None:
-                await quarantine(
-                    streams.client, streams.keys, streams.keys.rollouts, "trainer", garbage
-                )
+                await self._put_aside(streams, streams.keys.rollouts, garbage)
                 continue
             rollout = (garbage.entry, lost.kind, garbage.fields[b"p"].decode())
             await self._settle(partition, "drop:undecodable", [rollout])
@@ -263,9 +261,14 @@ class Consumer:
                 closed.append(group)
         for garbage in arrivals.garbage_tombstones:
             log.error("tombstone cannot be read", entry=garbage.entry, why=garbage.why)
-            stream = streams.keys.tombstones
-            await quarantine(streams.client, streams.keys, stream, "trainer", garbage)
+            await self._put_aside(streams, streams.keys.tombstones, garbage)
         return closed
+
+    async def _put_aside(self, streams: Streams, stream: str, garbage: Garbage) -> None:
+        await self.line(
+            lambda: quarantine(streams.client, streams.keys, stream, "trainer", garbage),
+            f"quarantine {garbage.entry}",
+        )
 
     # ---- verdicts ----------------------------------------------------------------------------
 
