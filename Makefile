@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 EXTRAS := dev
 
-.PHONY: help install demo test check format bench docs-check clean
+.PHONY: help install demo test check format bench chaos faults mutants matrix clean
 
 help:
 	@echo "make demo     install into $(VENV) and run the main job: a small model learns through the fleet"
@@ -13,6 +13,10 @@ help:
 	@echo "make check    ruff, mypy strict, pyright, import-linter, container files"
 	@echo "make format   format the code"
 	@echo "make bench    the path benchmark against raw redis-py"
+	@echo "make chaos    random faults for SECONDS (60) from SEED (1), judged by an oracle"
+	@echo "make faults   every fault of the matrix once; rewrites the table in docs/reliability.md"
+	@echo "make mutants  a planted bug for every promise: the oracle must catch them all"
+	@echo "make matrix   the core's tests on other servers and redis-py releases"
 
 # pip reads the user's own settings (pip.conf, PIP_INDEX_URL, ...): choose a CPU or CUDA build there.
 $(BIN)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -44,6 +48,20 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.path
+
+chaos: SECONDS = 60
+chaos: SEED = 1
+chaos: install
+	$(BIN)/python -m chaos run --seconds $(SECONDS) --seed $(SEED) --json chaos.json
+
+faults: install
+	$(BIN)/python -m chaos faults --json faults.json --table docs/reliability.md
+
+mutants: install
+	$(BIN)/python -m chaos mutants
+
+matrix: install
+	$(BIN)/python -m tests.matrix --cache .matrix
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

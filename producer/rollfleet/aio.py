@@ -248,6 +248,7 @@ class AsyncFleet:
             reopen=self._reopen,
             publish=self._announce,
             version=lambda: self.version,
+            done=self.commits.done,
         )
         self.gather = Gather(
             settings=s,

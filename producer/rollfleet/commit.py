@@ -105,6 +105,10 @@ class Commits:
                 self.consumer.forget(group)
             await self._plan(batch.number, None)
 
+    def done(self, number: int) -> bool:
+        """Whether this trainer has committed a batch of this number, or knew it committed."""
+        return number <= self.number and all(batch.number != number for batch in self.open)
+
     @property
     def handed(self) -> int:
         """Samples handed out and not yet trained."""

@@ -149,8 +149,11 @@ class Consumer:
         buried, late = self._take_tombstones(partition, arrivals)
         closed += buried
         closed += await self._quarantine(partition, arrivals)
-        for reason, rollouts in useless.items():
-            await self._settle(partition, f"drop:{reason}", rollouts)
+        for reason, found in useless.items():
+            rollouts = [(entry, header.kind, header.payload) for entry, header in found]
+            # The record of a group that is over may have come back with a Redis that lost a second.
+            over = {header.group for _, header in found if not self.knows(header.group)}
+            await self._settle(partition, f"drop:{reason}", rollouts, over=sorted(over))
             self.settled(sum(kind is Kind.TRAIN for _, kind, _ in rollouts))
         if late:
             await self._settle(partition, "drop:surplus", [], tombstones=late)
@@ -165,10 +168,10 @@ class Consumer:
 
     def _take_headers(
         self, partition: int, arrivals: Arrivals
-    ) -> tuple[list[Group], dict[str, list[tuple[str, Kind, str]]]]:
+    ) -> tuple[list[Group], dict[str, list[tuple[str, Header]]]]:
         """Groups that these rollouts closed, and the rollouts that nobody needs, by reason."""
         closed: list[Group] = []
-        useless: dict[str, list[tuple[str, Kind, str]]] = {}
+        useless: dict[str, list[tuple[str, Header]]] = {}
         for entry, header in arrivals.headers:
             if entry in self._held[partition]:
                 continue
@@ -178,13 +181,12 @@ class Consumer:
             elif header.group in self.over:
                 reason = "surplus"
             if reason:
-                useless.setdefault(reason, []).append((entry, header.kind, header.payload))
+                useless.setdefault(reason, []).append((entry, header))
                 continue
             member = Member(entry, header, *self.history.span(header))
             group, twice = self.groups.arrive(partition, member)
             if twice:
-                rollout = (entry, header.kind, header.payload)
-                useless.setdefault("duplicate", []).append(rollout)
+                useless.setdefault("duplicate", []).append((entry, header))
                 continue
             self._held[partition].add(entry)
             if group is not None:
@@ -395,13 +397,13 @@ class Consumer:
         rollouts: Sequence[tuple[str, Kind, str]],
         groups: Sequence[Group] = (),
         tombstones: Sequence[str] = (),
+        over: Sequence[str] = (),
     ) -> None:
+        names = [*over, *(group.name for group in groups)]
         entries = [*tombstones]
         entries += [e for group in groups for e, _ in group.tombstones.values() if e]
         await self.line(
-            lambda: self.streams[partition].settle(
-                self.token, verb, rollouts, [group.name for group in groups], entries
-            ),
+            lambda: self.streams[partition].settle(self.token, verb, rollouts, names, entries),
             f"{verb} {len(rollouts)} rollouts",
         )
         for group in groups:

@@ -3,7 +3,8 @@
 - A run that is gone is opened anew, in a new epoch at the trainer's version, and what was out is
   submitted again: the trainer keeps the prompts of every group until the group is closed.
 - After an outage every group that is out is looked up; one that Redis does not know was in the
-  second that it lost, and is submitted again. A version that it forgot is published again.
+  second that it lost, and is submitted again. A version that it forgot is published again, a batch
+  that it forgot to have seen committed is committed again.
 - Batches that were handed over are in the trainer's memory, and are neither sent again nor lost.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import structlog
 
 from rollfleet.consume import Consumer
+from rollfleet.recover import Plan
 from rollfleet_common.board import Board
 from rollfleet_common.messages import Prompt
 from rollfleet_common.redis import retry
@@ -30,7 +32,7 @@ class Reviver:
     """Revives the run of one trainer.
 
     `out` holds the prompts of groups that are out, oldest first; `reopen()` takes the run anew and
-    fences its partitions, and says whether it could; `publish()` puts the version on the board;
+    fences its partitions, and says whether it could; `done(number)`: this trainer committed a batch; `publish()` puts the version on the board;
     `partition(prompt)` says where a group lives.
     """
 
@@ -47,6 +49,7 @@ class Reviver:
         reopen: Callable[[], Awaitable[bool]],
         publish: Callable[[], Awaitable[None]],
         version: Callable[[], int],
+        done: Callable[[int], bool],
     ) -> None:
         self.token = token
         self.board = board
@@ -58,6 +61,7 @@ class Reviver:
         self.reopen = reopen
         self.publish = publish
         self.version = version
+        self.done = done
         self._lock = asyncio.Lock()
         self._lives = 0
 
@@ -84,6 +88,11 @@ class Reviver:
         if found is not None and found[0].version < self.version():
             log.warning("redis forgot a version", version=self.version())
             await self.publish()
+        for number, packed in (await self.board.plans()).items():
+            if self.done(number):
+                log.warning("redis forgot that a batch was committed", batch=number)
+                await Plan.loads(number, packed).settle("commit", self.token, self.streams)
+                await self.board.plan(self.token, number, None)
         async with self._lock:
             missing: list[Prompt] = []
             known = self.consumer.knows
