@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from rollfleet.bias import BiasMeter
 from rollfleet.groups import Group
 from rollfleet_common.messages import NO_VERSION, Rollout
 
@@ -27,8 +28,10 @@ class Batch:
     version: int
     #: In order: members of a group stand together, by index.
     rollouts: list[Rollout]
-    #: Numbers for a logger: staleness, reward, tokens, waiting, drops since the last batch.
-    stats: Mapping[str, float]
+    #: Of `stats`, what was counted at hand-over.
+    counted: Mapping[str, float] = field(repr=False)
+    #: What was known of bias at hand-over.
+    bias: BiasMeter = field(repr=False)
     groups: list[Group] = field(repr=False)
     #: "handed", "trained" or "committed".
     state: str = "handed"
@@ -38,6 +41,14 @@ class Batch:
     def __len__(self) -> int:
         """Samples in the batch."""
         return len(self.rollouts)
+
+    @cached_property
+    def stats(self) -> dict[str, float]:
+        """Numbers for a logger: staleness, reward, waiting, drops since the last batch, bias.
+
+        Made when they are first asked for: a trainer that logs every tenth batch pays for that.
+        """
+        return {**self.counted, **self.bias.as_dict()}
 
     @cached_property
     def tensors(self) -> "TensorBatch":

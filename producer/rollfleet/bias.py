@@ -141,6 +141,16 @@ class BiasMeter:
         while len(self._seen) > PACE_VERSIONS:
             del self._seen[min(self._seen)]
 
+    def snapshot(self) -> "BiasMeter":
+        """A copy that later events do not change: cheap, for answers that may never be asked."""
+        twin = BiasMeter(0, self._clock)
+        twin._fates = deque(self._fates)
+        twin.drops, twin.lost = Counter(self.drops), Counter(self.lost)
+        twin._fed, twin._met, twin._seen = dict(self._fed), dict(self._met), dict(self._seen)
+        twin._in_a_row = {task: Counter(row) for task, row in self._in_a_row.items()}
+        twin._version = self._version
+        return twin
+
     # ---- answers -----------------------------------------------------------------------------
 
     @property

@@ -71,12 +71,13 @@ class Commits:
             number=self.number,
             version=version,
             rollouts=[rollout for group in groups for rollout in rollouts[group.name]],
-            stats={},
+            counted={},
+            bias=self.consumer.meter.snapshot(),
             groups=list(groups),
             collate=self.collate,
         )
         self.given = version, len(batch) + (self.given[1] if self.given[0] == version else 0)
-        batch.stats = self._stats(batch, waited_s)
+        batch.counted = self._counted(batch, waited_s)
         self.open.append(batch)
         return batch
 
@@ -120,7 +121,7 @@ class Commits:
         handed = [batch.number for batch in self.open if batch.state == "handed"]
         return min(handed) - 1 if handed else self.number
 
-    def _stats(self, batch: Batch, waited_s: float) -> dict[str, float]:
+    def _counted(self, batch: Batch, waited_s: float) -> dict[str, float]:
         headers = [rollout.header for rollout in batch.rollouts]
         stale = batch.staleness
         drops, self.consumer.drops = self.consumer.drops, {}
@@ -134,7 +135,6 @@ class Commits:
             "rollfleet/outstanding": self.pacer.outstanding,
             "rollfleet/ready": sum(len(g.members) for g in self.consumer.ready.values()),
             **{f"rollfleet/dropped/{reason}": count for reason, count in drops.items()},
-            **self.consumer.meter.as_dict(),
         }
 
     async def _plan(self, number: int, plan: bytes | None) -> None:

@@ -246,3 +246,12 @@ def test_numbers_are_finite_and_samples_are_counted_once(events: list[Any]) -> N
         3 * len(events) - samples
     )
     meter.warnings(2)
+
+
+def test_a_snapshot_is_not_changed_by_what_comes_after() -> None:
+    meter = BiasMeter()
+    meter.kept(group([1], [1]), 1)
+    before = meter.as_dict()
+    twin = meter.snapshot()
+    meter.dropped(group([1], [1]), "stale", 5)
+    assert twin.as_dict() == before != meter.as_dict()
