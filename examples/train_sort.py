@@ -6,7 +6,7 @@ Run it in three terminals (or ``docker compose up``, which does the same):
     python -m rollfleet_console.demo.server --port 8000 --version 0 \
         --weights weights/v0.safetensors --wait-weights-s 60
     rollfleet worker --redis-url embedded:///tmp/sort --run sort --server http://127.0.0.1:8000 \
-        --workflow rollfleet_console.demo.workflow:Sort --stop-token-ids 1
+        --workflow rollfleet_console.demo.workflow:Sort --stop-token-id 1
 """
 
 import argparse
