@@ -7,6 +7,8 @@ COPY common common
 COPY producer producer
 COPY worker worker
 COPY console console
+# The index decides the build of torch; its version is the range of pyproject.toml.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.3" \
     && pip install --no-cache-dir ".[demo]" \
     && useradd --system --uid 10001 --create-home rollfleet \
