@@ -9,6 +9,7 @@ from fixtures.tcp_proxy import TcpProxy
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
+from rollfleet_common import scripts
 from rollfleet_common.codec import decode_samples, encode_prompt
 from rollfleet_common.embedded import EmbeddedServer
 from rollfleet_common.errors import InvalidPromptError, OversizeError, SupersededError
@@ -130,8 +131,9 @@ async def test_a_lost_reply_of_submit_does_no_harm(rig: Rig, redis_url: str):
             Submission("y", prompt_of("y", 2, position=0)),
         ]
         await client.ping()
+        # A server that does not know the script says so in the reply that is lost here.
+        await rig.client.script_load(scripts.load("submit").text)
         proxy.drop_replies(b"EVAL")
-        # The first call may only learn that the script has to be loaded.
         for _ in range(2):
             with pytest.raises(RedisConnectionError):
                 await streams.submit(TOKEN, -1, rows, 1 << 20)
