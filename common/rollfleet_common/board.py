@@ -171,8 +171,4 @@ class Board:
 
     def _held(self, reply: Any) -> None:
         if int(reply) == 0:
-            raise SupersededError(
-                f"run {self.keys.run!r} was opened by another trainer: this one may not write any "
-                "more. Two trainers on one run is a mistake unless the second took over on purpose; "
-                "give each its own run name"
-            )
+            raise SupersededError.of(self.keys.run)

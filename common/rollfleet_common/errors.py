@@ -35,6 +35,7 @@ User code raises plain errors; :func:`boundary` is the one place that names them
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Self
 
 __all__ = [
     "BrokerError",
@@ -142,6 +143,15 @@ class BrokerSetupError(BrokerError):
 
 class SupersededError(RollfleetError):
     """Another trainer has opened this run; this one can do no more harm, and no more work."""
+
+    @classmethod
+    def of(cls, run: str) -> Self:
+        """The error of a trainer that has lost `run`."""
+        return cls(
+            f"run {run!r} was opened by another trainer: this one may not write any more. Two "
+            "trainers on one run is a mistake unless the second took over on purpose; give each "
+            "its own run name"
+        )
 
 
 class StarvedError(RollfleetError, TimeoutError):

@@ -415,11 +415,7 @@ class Streams:
 
     def _fenced(self, held: bool) -> None:
         if not held:
-            raise SupersededError(
-                f"run {self.keys.run!r} was opened by another trainer: this one may not write any "
-                "more. Two trainers on one run is a mistake unless the second took over on purpose; "
-                "give each its own run name"
-            )
+            raise SupersededError.of(self.keys.run)
 
 
 def _since(text: bytes) -> tuple[int, int]:
