@@ -145,8 +145,13 @@ class RunKeys:
 
     @property
     def servers(self) -> str:
-        """Hash of inference servers by URL."""
+        """Hash of inference servers by URL, as operators registered them."""
         return f"{self.prefix}servers"
+
+    @property
+    def weights(self) -> str:
+        """Hash of what the trainer refitted inference servers to, by URL."""
+        return f"{self.prefix}weights"
 
     @property
     def batches(self) -> str:

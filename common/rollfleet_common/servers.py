@@ -1,0 +1,203 @@
+"""The inference servers of a run: which there are, and which weights each of them holds.
+
+- Two hashes with one kind of writer each: operators say which servers there are (`servers`), the
+  trainer says what it refitted them to (`weights`). Workers and status read both.
+- Rows of the trainer are fenced by its token, like everything that steers.
+- A row is written *before* a server is touched, with the time by which the refit must be over: who
+  reads it later knows that a trainer died half-way, and need not wait for it.
+- A trainer that moves weights itself writes no rows; then nothing is known here, and nothing is
+  asked of any server.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from redis.exceptions import WatchError
+
+from rollfleet_common.errors import SettingsError, SupersededError
+from rollfleet_common.keys import RunKeys
+from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.scripts import load
+
+__all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_url"]
+
+_REFIT = load("refit")
+_URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
+_NEWS = 64
+
+
+def server_url(url: str) -> str:
+    """`url` as all parts of a run write it: no trailing slash, no trailing ``/v1``.
+
+    Raises:
+        SettingsError: It is no http(s) URL.
+    """
+    bare = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    if not _URL.fullmatch(bare):
+        raise SettingsError(f"server {url!r} should be a URL such as http://10.0.0.7:8000")
+    return bare
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server as an operator registered it."""
+
+    url: str
+    #: "auto", "vllm", "sglang" or "openai".
+    engine: str = "auto"
+    #: Takes nothing new; what runs there ends.
+    draining: bool = False
+    added_ms: int = 0
+
+
+class WeightState(StrEnum):
+    """What a trainer last did to a server's weights."""
+
+    #: It serves `version`.
+    SERVING = "serving"
+    #: It is being refitted until `until_ms` at the latest; afterwards it counts as stale.
+    REFITTING = "refitting"
+    #: It did not take the last version: out until it is refitted.
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerWeights:
+    """Which weights a server holds, as the trainer knows."""
+
+    url: str
+    state: WeightState
+    #: Version that it was last known to serve; NO_VERSION before the first.
+    version: int = NO_VERSION
+    #: Epoch in which that was written: a later one may have gone back to older versions.
+    epoch: int = 0
+    #: Why it is stale; "" otherwise.
+    why: str = ""
+    until_ms: int = 0
+    at_ms: int = 0
+
+
+class Servers:
+    """The registry of one run."""
+
+    def __init__(self, client: Any, keys: RunKeys) -> None:
+        self.client = client
+        self.keys = keys
+
+    # ---- operators ---------------------------------------------------------------------------
+
+    async def add(self, server: Server) -> bool:
+        """Register `server`, or register it anew; returns whether it is a new one."""
+        return await self._change(server.url, lambda _: server) is None
+
+    async def drain(self, url: str, *, draining: bool = True) -> bool:
+        """Have `url` take nothing new (or again something); False if it is not registered."""
+
+        def drained(old: Server | None) -> Server | None:
+            return None if old is None else Server(old.url, old.engine, draining, old.added_ms)
+
+        return await self._change(url, drained) is not None
+
+    async def remove(self, url: str) -> bool:
+        """Forget `url`; False if it was not registered."""
+        pipe = self.client.pipeline()
+        pipe.hdel(self.keys.servers, url)
+        pipe.xadd(self.keys.news, {"servers": 1}, maxlen=_NEWS, approximate=False)
+        return bool((await pipe.execute())[0])
+
+    async def _change(self, url: str, change: Any) -> Server | None:
+        """Replace the row of `url` by what `change` makes of it; returns what it was."""
+        while True:
+            async with self.client.pipeline() as pipe:
+                await pipe.watch(self.keys.servers)
+                raw = await pipe.hget(self.keys.servers, url)
+                old = None if raw is None else _server(url, raw)
+                new = change(old)
+                if new is None:
+                    return old
+                pipe.multi()
+                row = {"engine": new.engine, "draining": new.draining, "added_ms": new.added_ms}
+                pipe.hset(self.keys.servers, url, json.dumps(row))
+                pipe.xadd(self.keys.news, {"servers": 1}, maxlen=_NEWS, approximate=False)
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    continue  # another operator was faster: look again
+                return old
+
+    # ---- the trainer -------------------------------------------------------------------------
+
+    async def tell(self, token: str, rows: Iterable[ServerWeights]) -> None:
+        """Write what servers hold, and wake the followers.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        flat: list[str] = []
+        for row in rows:
+            fields = asdict(row)
+            flat += [fields.pop("url"), json.dumps(fields)]
+        await self._write(token, flat)
+
+    async def forget(self, token: str, urls: Iterable[str]) -> None:
+        """Drop what is known of `urls`, which this run refits no longer.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        await self._write(token, [part for url in urls for part in (url, "")])
+
+    async def _write(self, token: str, flat: list[str]) -> None:
+        if flat:
+            k = self.keys
+            if not int(await _REFIT(self.client, [k.board, k.weights, k.news], [token, *flat])):
+                raise SupersededError.of(k.run)
+
+    # ---- everyone ----------------------------------------------------------------------------
+
+    async def read(self) -> tuple[dict[str, Server], dict[str, ServerWeights]]:
+        """The servers that are registered and what is known of weights, by URL."""
+        pipe = self.client.pipeline(transaction=False)
+        pipe.hgetall(self.keys.servers)
+        pipe.hgetall(self.keys.weights)
+        servers, weights = await pipe.execute()
+        return _rows(servers, _server), _rows(weights, _weights)
+
+
+def _rows(raw: Mapping[bytes, bytes], read: Any) -> dict[str, Any]:
+    """Rows by URL; one that makes no sense must not hide the others."""
+    rows: dict[str, Any] = {}
+    for name, text in sorted(raw.items()):
+        url = name.decode("utf-8", "replace")
+        try:
+            rows[url] = read(url, text)
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return rows
+
+
+def _server(url: str, text: bytes) -> Server:
+    raw = json.loads(text)
+    return Server(
+        url,
+        str(raw.get("engine", "auto")),
+        bool(raw.get("draining")),
+        int(raw.get("added_ms", 0)),
+    )
+
+
+def _weights(url: str, text: bytes) -> ServerWeights:
+    raw = json.loads(text)
+    return ServerWeights(
+        url,
+        WeightState(raw["state"]),
+        int(raw.get("version", NO_VERSION)),
+        int(raw.get("epoch", 0)),
+        str(raw.get("why", "")),
+        int(raw.get("until_ms", 0)),
+        int(raw.get("at_ms", 0)),
+    )
