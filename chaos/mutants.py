@@ -89,7 +89,7 @@ def _p5_late(part: str) -> None:
 
 def _p6_leak(part: str) -> None:
     """Payloads outlive their batch."""
-    _rewrite("settle", "redis.call('UNLINK', KEYS[5 + i])", "")
+    _rewrite("settle", "redis.call('UNLINK', payload)", "")
 
 
 def _p7_linger(part: str) -> None:

@@ -98,6 +98,16 @@ class PartitionKeys:
         return f"{self.prefix}fence"
 
     @property
+    def tap(self) -> str:
+        """String with a TTL: while it stands, what is freed is recorded."""
+        return f"{self.prefix}tap"
+
+    @property
+    def tapped(self) -> str:
+        """Capped stream with a TTL: headers of what was freed, for who records."""
+        return f"{self.prefix}tapped"
+
+    @property
     def routes(self) -> str:
         """Set of the routes that prompts were ever submitted to."""
         return f"{self.prefix}routes"
@@ -157,3 +167,15 @@ class RunKeys:
     def batches(self) -> str:
         """Hash of the batch plans that are handed out or being committed, by batch number."""
         return f"{self.prefix}batches"
+
+    def rank(self, rank: int) -> str:
+        """String with a TTL: a sign of life of one rank of the trainer (:mod:`rollfleet.ranks`)."""
+        return f"{self.prefix}rank:{rank}"
+
+    def ranks(self, session: str, number: int) -> str:
+        """Hash with a TTL: what each rank of a session said in one round."""
+        return f"{self.prefix}ranks:{session}:{number}"
+
+    def share(self, plan: str, rank: int) -> str:
+        """String with a TTL: headers of the rollouts that one rank is to fetch for a batch."""
+        return f"{self.prefix}share:{plan}:{rank}"

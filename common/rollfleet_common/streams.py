@@ -267,7 +267,7 @@ class Streams:
         """
         k = self.keys
         pipe = self.client.pipeline(transaction=False)
-        keys: list[str] = [k.fence, k.ledger, k.rollouts, k.tombstones]
+        keys: list[str] = [k.fence, k.ledger, k.rollouts, k.tombstones, k.tap, k.tapped]
         args: list[Any] = [worker]
         for item in items:
             h = item.header
@@ -347,7 +347,7 @@ class Streams:
         groups: Sequence[str] = (),
         tombstones: Sequence[str] = (),
     ) -> int:
-        """The trainer's verdict: ``train``, ``commit`` or ``drop:<reason>``.
+        """The trainer's verdict: ``train``, ``commit[:<of which batch>]`` or ``drop:<reason>``.
 
         Args:
             token: The trainer's.
@@ -368,7 +368,7 @@ class Streams:
         for at in range(0, pieces, CHUNK):
             end = at + CHUNK
             r, g, t = rollouts[at:end], groups[at:end], tombstones[at:end]
-            keys = [k.fence, k.ledger, k.rollouts, k.tombstones, k.trained]
+            keys = [k.fence, k.ledger, k.rollouts, k.tombstones, k.trained, k.tap, k.tapped]
             keys += [k.payload(suffix) for _, _, suffix in r] + [k.group(group) for group in g]
             args = [token, verb, len(r), len(g), len(t)]
             args += [entry for entry, _, _ in r] + [kind.value for _, kind, _ in r] + list(t)

@@ -205,6 +205,24 @@ def demo(
 
 
 @app.command()
+def record(
+    out: Annotated[Path, typer.Argument(help="File to write; it must not exist.", metavar="FILE")],
+    redis_url: RedisUrl = None,
+    run: Run = None,
+    config: Config = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Stop after so long; else at Ctrl-C.", min=0.0)
+    ] = None,
+    max_mib: Annotated[int, typer.Option(help="Stop at a file of so many MiB.", min=1)] = 1024,
+) -> None:
+    """Write the rollouts that a live run trains on or drops to a file, for rollfleet.replay."""
+    settings = settings_of(redis_url, run, config)
+    from rollfleet_console.record import run_recording  # noqa: PLC0415  # heavy
+
+    ask(settings, lambda c, name: run_recording(c, name, out, seconds, max_mib << 20))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed  # noqa: PLC0415  # for this command only

@@ -29,6 +29,7 @@ from rollfleet.freshness import (
 )
 from rollfleet.groups import Group, Member
 from rollfleet.orders import FreshestFirst, OldestFirst, Windowed
+from rollfleet.replay import Replay, replay
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import (
     BrokerSetupError,
@@ -78,6 +79,7 @@ __all__ = [
     "PolicyError",
     "Prompt",
     "RefitError",
+    "Replay",
     "RollfleetError",
     "Rollout",
     "Sample",
@@ -95,6 +97,7 @@ __all__ = [
     "effective_sample_size",
     "group_stats",
     "proximal_logprobs",
+    "replay",
     "segment_mask",
     "token_logprobs",
     "token_staleness",

@@ -58,12 +58,34 @@ class Commits:
         waited_s: float,
     ) -> Batch:
         """Plan a batch of `groups`, judged fresh at `version`, and make it."""
-        # A call that is cancelled here leaves its number, and so its plan, to the next one: a plan
-        # of a batch that nobody got would let a later checkpoint commit what was never trained.
-        number = self.number + 1
-        await self._plan(number, Plan.of(number, "handed", groups).dumps())
-        self.number = number
+        number = await self.write(groups, version)
         self.consumer.hand(groups)
+        return self.opened(number, groups, rollouts, version, waited_s)
+
+    async def write(self, groups: Sequence[Group], version: int) -> int:
+        """Write that the next batch is of `groups`; returns its number, which :meth:`opened` takes.
+
+        A call that is cancelled here leaves its number, and so its plan, to the next one: a plan
+        of a batch that nobody got would let a later checkpoint commit what was never trained.
+        """
+        number = self.number + 1
+        await self._plan(number, Plan.of(number, "handed", groups, version).dumps())
+        return number
+
+    async def withdraw(self, number: int) -> None:
+        """Forget what was written of a batch that nobody got; the next one has its number."""
+        await self._plan(number, None)
+
+    def opened(
+        self,
+        number: int,
+        groups: Sequence[Group],
+        rollouts: Mapping[str, Sequence[Rollout]],
+        version: int,
+        waited_s: float,
+    ) -> Batch:
+        """The batch of what was written as `number`; from here on it is handed over."""
+        self.number = number
         for group in groups:
             headers = [rollout.header for rollout in rollouts[group.name]]
             self.consumer.meter.kept(group, version, headers)
@@ -90,7 +112,7 @@ class Commits:
         """
         if batch not in self.open:
             raise RollfleetError(f"batch {batch.number} is not open in this trainer")
-        plan = Plan.of(batch.number, state, batch.groups)
+        plan = Plan.of(batch.number, state, batch.groups, batch.version)
         await self._plan(batch.number, plan.dumps())
         verb = "train" if state == "trained" else "commit"
         await self.line(

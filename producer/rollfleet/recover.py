@@ -15,7 +15,7 @@ import msgpack
 from rollfleet.groups import Group
 from rollfleet_common.board import Board
 from rollfleet_common.errors import CodecError
-from rollfleet_common.messages import Kind
+from rollfleet_common.messages import NO_VERSION, Kind
 from rollfleet_common.streams import Streams
 
 __all__ = ["Plan", "recover"]
@@ -34,10 +34,12 @@ class Plan:
     groups: tuple[tuple[int, str], ...]
     #: (partition, entry) of each tombstone that goes with them.
     tombstones: tuple[tuple[int, str], ...]
+    #: The trainer's version when it was handed over.
+    version: int = NO_VERSION
 
     @classmethod
-    def of(cls, number: int, state: str, groups: Sequence[Group]) -> "Plan":
-        """The plan of a batch of `groups`."""
+    def of(cls, number: int, state: str, groups: Sequence[Group], version: int) -> "Plan":
+        """The plan of a batch of `groups`, handed over at `version`."""
         return cls(
             number=number,
             state=state,
@@ -50,11 +52,12 @@ class Plan:
             tombstones=tuple(
                 (g.partition, e) for g in groups for e, _ in g.tombstones.values() if e
             ),
+            version=version,
         )
 
     def dumps(self) -> bytes:
         """As it stands in Redis."""
-        plan = [1, self.state, self.rollouts, self.groups, self.tombstones]
+        plan = [1, self.state, self.rollouts, self.groups, self.tombstones, self.version]
         return cast(bytes, msgpack.packb(plan))
 
     @classmethod
@@ -65,13 +68,14 @@ class Plan:
             CodecError: It is no plan of ours.
         """
         try:
-            _, state, rollouts, groups, tombstones = msgpack.unpackb(packed)
+            _, state, rollouts, groups, tombstones, version = msgpack.unpackb(packed)
             return cls(
                 number=number,
                 state=state,
                 rollouts=tuple((p, e, Kind(k), s) for p, e, k, s in rollouts),
                 groups=tuple((p, g) for p, g in groups),
                 tombstones=tuple((p, e) for p, e in tombstones),
+                version=int(version),
             )
         except (ValueError, TypeError) as exc:
             raise CodecError(f"plan of batch {number}: {exc}") from exc
@@ -79,12 +83,13 @@ class Plan:
     async def settle(self, verb: str, token: str, streams: Sequence[Streams]) -> None:
         """Carry `verb` (train, commit) out in every partition; repeats change nothing."""
         closing = verb == "commit"
+        said = f"commit:{self.number}:{self.version}" if closing else verb
         for partition, here in enumerate(streams):
             rollouts = [(e, k, s) for p, e, k, s in self.rollouts if p == partition]
             groups = [g for p, g in self.groups if p == partition] if closing else []
             tombstones = [e for p, e in self.tombstones if p == partition] if closing else []
             if rollouts or groups:
-                await here.settle(token, verb, rollouts, groups, tombstones)
+                await here.settle(token, said, rollouts, groups, tombstones)
 
 
 async def recover(

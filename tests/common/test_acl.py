@@ -1,5 +1,6 @@
 """The users of deploy/acl can do their work, and nothing else."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from fixtures.fleet_processes import Process, Processes
 from fixtures.rig import SHAPE, delivery_of, prompt_of
 from fixtures.servers import MakeServer
 from redis.exceptions import NoPermissionError, ResponseError
-from support import wait_until
+from support import wait_until, wait_until_async
 
 import rollfleet
 from rollfleet_common import scripts
@@ -22,10 +23,11 @@ from rollfleet_common.ledger import read_books
 from rollfleet_common.redis import connect, connect_sync, translate
 from rollfleet_common.streams import Streams, Submission
 from rollfleet_console import dead, doctor
+from rollfleet_console.record import record
 from rollfleet_console.snapshot import take
 
 ACL = Path(__file__).parents[2] / "deploy" / "acl"
-ROLES = ("trainer", "worker", "console-readonly", "console-operator")
+ROLES = ("trainer", "worker", "console-readonly", "console-operator", "console-recorder")
 RUN, OTHER = "mine", "other"
 
 
@@ -170,6 +172,39 @@ async def test_the_consoles_read_and_the_operator_sees_to_dead_letters(guarded: 
                 assert (await take(client, RUN)).books.waiting == 2
 
 
+async def test_the_recorder_taps_a_run_that_trainer_and_worker_serve(
+    guarded: Guarded, admin: Any, tmp_path: Path
+) -> None:
+    """A commit, a drop and a rollout too old to be delivered, under everybody's own rights."""
+    keys = RunKeys(RUN)
+    trainer = connect(guarded.of("trainer"), role="trainer")
+    worker = connect(guarded.of("worker"), role="worker")
+    recorder = connect(guarded.of("console-recorder"), role="console")
+    await Board(trainer, keys).seize("t", 9000, "t", SHAPE, version=-1, take_over=False)
+    mine, theirs = (Streams(client, keys.partition(0)) for client in (trainer, worker))
+    await mine.open("t", 1, 0, 0)
+    await mine.submit("t", -1, [Submission(f"id-{g}", prompt_of(g, 1)) for g in "abc"], 1 << 20)
+    await theirs.make_groups(["default"])
+    claims, _ = await theirs.claim(worker, "w", ["default"], 3, None)
+    stop = asyncio.Event()
+    recording = asyncio.create_task(record(recorder, RUN, tmp_path / "r", stopping=stop))
+    await wait_until_async(
+        lambda: recorder.exists(keys.partition(0).tap), "the recorder's tap stands"
+    )
+    await theirs.deliver("w", [delivery_of(claim, nonce=claim.entry) for claim in claims[:2]])
+    await mine.advance("t", 5, 5)
+    await theirs.deliver("w", [delivery_of(claims[2], version=0)])
+    headers = (await mine.consume(trainer, "t", 10, None)).headers
+    for verb, (entry, header) in zip(("commit:1:0", "drop:stale"), headers, strict=True):
+        await mine.settle("t", verb, [(entry, header.kind, header.payload)])
+    stop.set()
+    tally = await recording
+    assert (tally.trained, tally.dropped, tally.without) == (1, 2, 0)
+    assert not admin.keys("rf:{mine/0}:payload:*")
+    for client in (trainer, worker, recorder):
+        await client.aclose()
+
+
 async def test_scripts_that_were_loaded_ahead_need_no_right_to_eval(
     guarded: Guarded, admin: Any
 ) -> None:
@@ -281,6 +316,7 @@ FORBIDDEN = {
     "trainer": [*ANYONE, *TRAINER],
     "console-readonly": [*ANYONE, *READER, *READONLY],
     "console-operator": [*ANYONE, *READER],
+    "console-recorder": [*ANYONE, *READER, *READONLY],
 }
 
 

@@ -341,7 +341,7 @@ class History(RuleBasedStateMachine):
     async def _reach(self, number: int, state: str, *, settle: bool) -> None:
         """Move a batch; without `settle`, its trainer dies right after the plan was written."""
         _, batch = self.open[number]
-        plan = Plan.of(number, state, batch)
+        plan = Plan.of(number, state, batch, 0)
         await self.board.plan(self.token, number, plan.dumps())
         if not settle:
             return

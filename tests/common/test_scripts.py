@@ -21,8 +21,8 @@ from rollfleet_common.streams import Delivered, Garbage, Streams, Submission, Su
 TEXTS = scripts.script_texts()
 #: Those that free or steer.
 ALLOW_OOM = {
-    *("adopt", "advance", "cancel", "hold", "ledger", "open", "plan", "publish", "reap", "release"),
-    *("renew", "seize", "settle", "untrain"),
+    *("adopt", "advance", "cancel", "hold", "ledger", "open", "plan", "publish", "reap", "refit"),
+    *("release", "renew", "seize", "settle", "untrain"),
 }
 
 
@@ -52,6 +52,7 @@ def test_scripts_touch_keys_of_one_tag_only(name: str):
         **{step: {"stream"} for step in ("deliver", "fail", "renew")},
         "promote": {"group"},
         "ledger": {"key"},  # of `pending`, which is called with KEYS
+        "settle": {"payload"},  # of `free`, which is called with KEYS
     }.get(name, set())
     for command, first in calls:
         if command == "TIME":
@@ -67,6 +68,8 @@ def test_scripts_touch_keys_of_one_tag_only(name: str):
         assert re.fullmatch(r"KEYS\[\w+\]", subcommand_key)
     for key in re.findall(r"holder\((?!stream)([^,]+),", text):
         assert re.fullmatch(r"KEYS\[\w+\]", key)
+    for payload in re.findall(r" free\(entry, ([^\n]+)\)\n", text.replace("function free", "")):
+        assert re.fullmatch(r"KEYS\[.+\]", payload)
     if name == "promote":
         assert "local group = ARGV[2] .. f[1]" in text
 

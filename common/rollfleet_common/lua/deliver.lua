@@ -1,7 +1,8 @@
 -- Publish rollouts and take their prompts off, each if and only if the lease is still ours.
 -- Lua does not roll back, so the order is: check, PERSIST, XADD, and only then XACK and XDEL. Out of
 -- memory, the payload's SET ahead of this script is refused, and the prompt stays pending.
--- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones, then per item: prompts stream, group, payload
+-- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 tap  6 tapped, then per item: prompts stream,
+--      group, payload
 -- ARGV 1 consumer, then per item:
 --      entry, index, kind, epoch, min_version, header, group, n, task, position
 -- Returns per item: 1 delivered, 0 gone (no lease: delivered before, or cancelled), -1 stolen,
@@ -15,7 +16,7 @@ end
 local fence = redis.call('HMGET', KEYS[1], 'epoch', 'min_useful')
 local epoch, min_useful = fence[1], tonumber(fence[2] or '-1')
 local states = {}
-local key, arg = 5, 2
+local key, arg = 7, 2
 while arg <= #ARGV do
   local entry, index, kind = ARGV[arg], ARGV[arg + 1], ARGV[arg + 2]
   local owner = holder(KEYS[key], entry)
@@ -28,7 +29,14 @@ while arg <= #ARGV do
     redis.call('XADD', KEYS[4], '*', 'g', ARGV[arg + 6], 'i', index, 'n', ARGV[arg + 7], 'k', kind,
       't', ARGV[arg + 8], 'p', ARGV[arg + 9], 'r', 'stale',
       'e', 'oldest trained token of version ' .. ARGV[arg + 4] .. ', useful from ' .. min_useful)
-    redis.call('UNLINK', KEYS[key + 2])
+    local tap = redis.call('GET', KEYS[5])
+    if tap then -- somebody records: as in settle
+      redis.call('XADD', KEYS[6], 'MAXLEN', '50000', '*', 'v', 'drop:stale', 'h', ARGV[arg + 5])
+      redis.call('PEXPIRE', KEYS[6], tap)
+      redis.call('PEXPIRE', KEYS[key + 2], tap)
+    else
+      redis.call('UNLINK', KEYS[key + 2])
+    end
     redis.call('HINCRBY', KEYS[2], 'dropped:stale', 1)
     redis.call('HINCRBY', KEYS[2], 'settled:train', 1)
     if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'x') end

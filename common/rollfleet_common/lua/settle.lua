@@ -1,15 +1,35 @@
 #!lua flags=allow-oom
 -- The trainer's verdicts on rollouts. Every step is idempotent: an entry that is gone is skipped.
--- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 trained, then payloads and group records
--- ARGV 1 token  2 verb: train | commit | drop:<reason>  3 number of rollouts r  4 number of groups g
---      5 number of tombstones t, then r entries, r kinds, t tombstone entries
---      (KEYS 6 .. 5+r are the payloads, KEYS 6+r .. 5+r+g the group records that are now closed)
+-- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 trained  6 tap  7 tapped, then payloads and
+--      group records
+-- ARGV 1 token  2 verb: train | commit[:<what of the batch>] | drop:<reason>  3 number of rollouts r
+--      4 number of groups g  5 number of tombstones t, then r entries, r kinds, t tombstone entries
+--      (KEYS 8 .. 7+r are the payloads, KEYS 8+r .. 7+r+g the group records that are now closed)
 -- Returns how many rollouts changed state, or -2 if the token is superseded.
 -- train:  trained on; the credit returns, the entry stays until commit.
 -- commit: durable; entry, payload and group are freed.
 -- drop:   freed, counted by reason; the credit returns if it had not.
+-- While somebody records (the tap holds how long in ms), what is freed is told on `tapped`, and its
+-- payload stays for that long.
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -2 end
 local verb, r, g, t = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local closing = string.sub(verb, 1, 6) == 'commit'
+local tap = verb ~= 'train' and redis.call('GET', KEYS[6])
+local function free(entry, payload)
+  local found = tap and redis.call('XRANGE', KEYS[3], entry, entry)[1]
+  if found then
+    for i = 1, #found[2], 2 do
+      if found[2][i] == 'h' then
+        redis.call('XADD', KEYS[7], 'MAXLEN', '50000', '*', 'v', verb, 'h', found[2][i + 1])
+      end
+    end
+    redis.call('PEXPIRE', KEYS[7], tap)
+    redis.call('PEXPIRE', payload, tap)
+  else
+    redis.call('UNLINK', payload)
+  end
+  redis.call('XDEL', KEYS[3], entry)
+end
 local changed = 0
 for i = 1, r do
   local entry, kind = ARGV[5 + i], ARGV[5 + r + i]
@@ -20,16 +40,15 @@ for i = 1, r do
       changed = changed + 1
     end
   elseif redis.call('XACK', KEYS[3], 'trainer', entry) == 1 then
-    redis.call('XDEL', KEYS[3], entry)
-    redis.call('UNLINK', KEYS[5 + i])
+    free(entry, KEYS[7 + i])
     if redis.call('SREM', KEYS[5], entry) == 0 then
       redis.call('HINCRBY', KEYS[2], 'settled:' .. kind, 1)
     end
-    redis.call('HINCRBY', KEYS[2], verb == 'commit' and 'committed' or 'dropped:' .. string.sub(verb, 6), 1)
+    redis.call('HINCRBY', KEYS[2], closing and 'committed' or 'dropped:' .. string.sub(verb, 6), 1)
     changed = changed + 1
   end
 end
-for i = 6 + r, 5 + r + g do redis.call('UNLINK', KEYS[i]) end
+for i = 8 + r, 7 + r + g do redis.call('UNLINK', KEYS[i]) end
 for i = 6 + 2 * r, 5 + 2 * r + t do
   redis.call('XACK', KEYS[4], 'trainer', ARGV[i])
   redis.call('XDEL', KEYS[4], ARGV[i])
