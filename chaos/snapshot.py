@@ -14,7 +14,9 @@ import redis.exceptions
 __all__ = ["Snapshot", "take"]
 
 #: Suffixes of keys that live as long as their run.
-PERMANENT = frozenset({"board", "fence", "ledger", "marks", "news", "routes", "dead", "servers"})
+PERMANENT = frozenset(
+    {"board", "fence", "ledger", "marks", "news", "routes", "dead", "servers", "weights"}
+)
 #: Streams that stay, and must be empty.
 STREAMS = ("prompts", "rollouts", "tombstones")
 

@@ -6,8 +6,13 @@ import pytest
 from fixtures.fleet_processes import processes
 from fixtures.rig import rig
 from fixtures.servers import make_server, redis_server, redis_url
+from hypothesis import settings
 
 __all__ = ["make_server", "processes", "redis_server", "redis_url", "rig"]
+
+# A busy machine is no finding: time is the business of benchmarks.
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -128,9 +128,9 @@ class Board:
 
     async def read(self) -> tuple[PolicyVersion, Shape] | None:
         """The policy and the shape of the run; None before any trainer opened it."""
-        names = ["version", "epoch", "weights", "paused_until_ms", "min_useful", "shape"]
+        names = ["version", "epoch", "weights", "paused_until_ms", "min_useful", "refits", "shape"]
         values = await self.client.hmget(self.keys.board, names)
-        version, epoch, weights, paused, useful, shape = values
+        version, epoch, weights, paused, useful, refits, shape = values
         if shape is None:
             return None
         policy = PolicyVersion(
@@ -139,6 +139,7 @@ class Board:
             weights=(weights or b"").decode(),
             paused_until_ms=int(paused or 0),
             min_useful=int(useful or NO_VERSION),
+            refits=refits == b"1",
         )
         return policy, Shape.loads(shape.decode())
 

@@ -18,9 +18,13 @@
     ├── SupersededError                     another trainer has opened this run
     ├── StarvedError (TimeoutError)         no batch came in the time allowed, with the reason
     ├── PolicyError                         a freshness policy raised, or answered nonsense
+    ├── RankError                           something of no name here failed on a rank; all raise it
+    │   └── CollectiveError                 the ranks do not hear each other: one left, died or froze
     ├── EpisodeError                        an episode failed; `kind` says whose fault it was
     │   ├── InfraError                      server, network or worker: try elsewhere
     │   │   ├── EngineUnavailableError      an inference server cannot be reached or is failing
+    │   │   │   ├── OverloadedError         it asks to be left alone for a while
+    │   │   │   └── StaleServerError        it serves older weights than it was refitted to
     │   │   └── EngineProtocolError         an inference server answered something unusable
     │   ├── DataError                       the prompt or the user's code
     │   │   ├── EngineRefusedError          an inference server refused the request itself
@@ -42,6 +46,7 @@ __all__ = [
     "BrokerSetupError",
     "BrokerUnavailableError",
     "CodecError",
+    "CollectiveError",
     "DataError",
     "EngineProtocolError",
     "EngineRefusedError",
@@ -53,8 +58,10 @@ __all__ = [
     "InfraError",
     "InvalidPromptError",
     "InvalidSampleError",
+    "OverloadedError",
     "OversizeError",
     "PolicyError",
+    "RankError",
     "RefitError",
     "RewardError",
     "RollfleetError",
@@ -63,6 +70,7 @@ __all__ = [
     "RunnerTimeoutError",
     "SchemaError",
     "SettingsError",
+    "StaleServerError",
     "StarvedError",
     "SupersededError",
     "TaskQueueFullError",
@@ -162,6 +170,14 @@ class PolicyError(RollfleetError):
     """A freshness policy raised, or answered nonsense: nothing is trained on by guess."""
 
 
+class RankError(RollfleetError):
+    """Something failed on one rank of a trainer of many; every rank raises it, and it is named."""
+
+
+class CollectiveError(RankError):
+    """The ranks of a trainer do not hear each other: one of them left, died or froze."""
+
+
 class EpisodeError(RollfleetError):
     """An episode failed; `kind` says whose fault it was and picks the retry budget."""
 
@@ -176,6 +192,34 @@ class InfraError(EpisodeError):
 
 class EngineUnavailableError(InfraError):
     """An inference server cannot be reached, timed out or answers 5xx / 429."""
+
+
+class OverloadedError(EngineUnavailableError):
+    """An inference server asks to be left alone for a while (429, or 503 with Retry-After)."""
+
+    #: How long the server asked for, in seconds; 0.0 if it did not say.
+    retry_after_s: float
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StaleServerError(EngineUnavailableError):
+    """An inference server serves older weights than the fleet gave it: it must be refitted.
+
+    Most likely it was restarted, and came back with the weights that it was started with.
+    """
+
+    #: Version that the fleet last refitted it to.
+    serves: int
+    #: Version that it was found to serve; -1 if it says that it never was refitted.
+    found: int
+
+    def __init__(self, message: str, serves: int = -1, found: int = -1) -> None:
+        super().__init__(message)
+        self.serves = serves
+        self.found = found
 
 
 class EngineProtocolError(InfraError):

@@ -67,6 +67,10 @@ class PartitionKeys:
         """String: the training sequences of one rollout."""
         return f"{self.prefix}payload:{suffix}"
 
+    def progress(self, group: str, index: int, call: int) -> str:
+        """String with a TTL: what is done of one call to generate, for the next attempt."""
+        return f"{self.prefix}progress:{group}:{index}:{call}"
+
     @property
     def rollouts(self) -> str:
         """Stream of rollout headers for the trainer."""

@@ -6,6 +6,7 @@
   no policy made (prompts, tool output, padding), so that nothing looks like version 0 by accident.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -58,6 +59,8 @@ class PolicyVersion:
     paused_until_ms: int = 0
     #: The oldest version of a trained token that may still be of use; -1 if any may.
     min_useful: int = -1
+    #: Whether the trainer gives weights to the servers that are registered.
+    refits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +149,17 @@ class VersionSpans:
         """The oldest version among tokens where `mask` (bool[T]) is set; NO_VERSION if none is."""
         if not len(self.starts) or not len(mask):
             return NO_VERSION
-        # Spans are few: lists of them cost less than arrays.
+        first = int(mask.argmax())
+        if not mask[first]:
+            return NO_VERSION
+        starts: list[int] = self.starts.tolist()
+        versions: list[int] = self.versions.tolist()
+        span = bisect_right(starts, first) - 1
+        # Versions seldom go backwards, and then the first trained token has the oldest.
+        if versions[span] == min((v for v in versions[span:] if v != NO_VERSION), default=None):
+            return versions[span]
         trained: list[bool] = np.logical_or.reduceat(mask, self.starts).tolist()
-        spans = zip(self.versions.tolist(), trained, strict=True)
+        spans = zip(versions, trained, strict=True)
         return min((v for v, any_ in spans if any_ and v != NO_VERSION), default=NO_VERSION)
 
     def newest(self) -> int:

@@ -23,23 +23,37 @@ from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import NO_VERSION
 from rollfleet_common.scripts import load
 
-__all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_url"]
+__all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_name", "server_url"]
 
 _REFIT = load("refit")
-_URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
+_URL = re.compile(r"(https?)://(?:([^/\s?#@]*)@)?([^/\s?#@]+)(/[^\s?#]*)?", re.IGNORECASE)
+_PORT = {"http": ":80", "https": ":443"}
 _NEWS = 64
 
 
 def server_url(url: str) -> str:
-    """`url` as all parts of a run write it: no trailing slash, no trailing ``/v1``.
+    """`url` as all parts of a run write it.
+
+    Scheme and host in lower case, no default port, no trailing slash, no trailing ``/v1``.
 
     Raises:
         SettingsError: It is no http(s) URL.
     """
     bare = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    if not _URL.fullmatch(bare):
-        raise SettingsError(f"server {url!r} should be a URL such as http://10.0.0.7:8000")
-    return bare
+    found = _URL.fullmatch(bare)
+    if found is None:
+        raise SettingsError(
+            f"server {server_name(url)!r} should be a URL such as http://10.0.0.7:8000"
+        )
+    scheme, user, host, path = found.groups()
+    scheme = scheme.lower()
+    host = host.lower().removesuffix(_PORT[scheme])
+    return f"{scheme}://{'' if user is None else user + '@'}{host}{path or ''}"
+
+
+def server_name(url: str) -> str:
+    """`url` without user and password: what everybody may read."""
+    return re.sub(r"^([a-zA-Z]+://)[^/?#]*@", r"\1", url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,8 @@ class ServerWeights:
     why: str = ""
     until_ms: int = 0
     at_ms: int = 0
+    #: Name under which it serves them, a LoRA adapter; "": they are the server's model itself.
+    model: str = ""
 
 
 class Servers:
@@ -91,7 +107,17 @@ class Servers:
     # ---- operators ---------------------------------------------------------------------------
 
     async def add(self, server: Server) -> bool:
-        """Register `server`, or register it anew; returns whether it is a new one."""
+        """Register `server`, or register it anew; returns whether it is a new one.
+
+        Raises:
+            SettingsError: Its URL is none, or holds a password.
+        """
+        if server_url(server.url) != server_name(server.url):
+            raise SettingsError(
+                f"server {server_name(server.url)!r} cannot be registered as it is written: all who "
+                "may look at the run read it, so a key belongs into the workers' api_key; and URLs "
+                "are written in one way (server_url)"
+            )
         return await self._change(server.url, lambda _: server) is None
 
     async def drain(self, url: str, *, draining: bool = True) -> bool:
@@ -200,4 +226,5 @@ def _weights(url: str, text: bytes) -> ServerWeights:
         str(raw.get("why", "")),
         int(raw.get("until_ms", 0)),
         int(raw.get("at_ms", 0)),
+        str(raw.get("model", "")),
     )

@@ -18,6 +18,7 @@ from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_console.dead_commands import dead
 from rollfleet_console.doctor_command import doctor
 from rollfleet_console.reach import Config, Json, RedisUrl, Run, ask, print_json, settings_of, show
+from rollfleet_console.server_commands import server
 from rollfleet_console.simulate.command import simulate
 
 __all__ = ["app", "main"]
@@ -57,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(dead, name="dead")
+app.add_typer(server, name="server")
 app.command()(doctor)
 app.command()(simulate)
 
@@ -173,6 +175,18 @@ def demo(
         typer.Option(help="What is done about the stale: drop, mask, wait, standard, segment."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.", min=1)] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Inference servers: tiny (our own) or vllm (the real one).")
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(help="The vllm command; by default the one of `make vllm`.", metavar="PATH"),
+    ] = None,
+    servers: Annotated[int | None, typer.Option(help="Inference servers.", min=1)] = None,
+    kill_server_at: Annotated[
+        int | None,
+        typer.Option(help="Kill an inference server with -9 at this step.", metavar="STEP"),
+    ] = None,
     target: Annotated[
         float | None, typer.Option(help="End at this reward, as a mean of 10 steps.", min=0, max=1)
     ] = None,
@@ -190,6 +204,10 @@ def demo(
         "max_staleness": max_staleness,
         "policy": policy,
         "workers": workers,
+        "engine": engine,
+        "vllm": vllm,
+        "servers": servers,
+        "kill_server_at": kill_server_at,
         "target": target,
         "out": out,
         "keep": keep,

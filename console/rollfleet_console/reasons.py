@@ -68,11 +68,13 @@ def _trainer(s: Snapshot) -> Iterator[str]:
 
 
 def _servers(live: Sequence[WorkerCard]) -> Iterator[str]:
-    down = {x.name: (x, w) for w in live for x in w.servers if not x.up}
+    # A refit is over in a moment, and a drain is as somebody wanted it.
+    meant = {"refitting", "draining"}
+    down = {x.name: (x, w) for w in live for x in w.servers if not x.up and x.state not in meant}
     for name, (server, worker) in list(down.items())[:3]:
-        error = f": {server.error}" if server.error else ""
+        said = server.why or server.error
         state = {"trial": "on trial"}.get(server.state, server.state)
-        yield f"inference server {name} is {state}, says {worker.id}{error}"
+        yield f"inference server {name} is {state}, says {worker.id}{f': {said}' if said else ''}"
     if len(down) > 3:
         yield f"{len(down) - 3} more inference servers are not serving"
 

@@ -13,6 +13,8 @@ from typing import Any
 from rollfleet_common.board import Board
 from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
 from rollfleet_common.ledger import read_books
+from rollfleet_common.servers import Servers
+from rollfleet_console.fleet_servers import gather
 from rollfleet_console.reasons import explain
 from rollfleet_console.views import LOST_AFTER_S, Route, Server, Snapshot, WorkerCard
 
@@ -39,6 +41,7 @@ async def take(client: Any, run: str) -> Snapshot:
     cards, unreadable = _read_cards(await client.hgetall(keys.workers), now_ms)
     tallies, pending = await _read_routes(client, partitions, now_ms)
     workers = tuple(_worker(card, pending, now_ms) for card in cards)
+    registered, weights = await Servers(client, keys).read()
     known = {worker.id for worker in workers}
     snapshot = Snapshot(
         run=run,
@@ -53,6 +56,7 @@ async def take(client: Any, run: str) -> Snapshot:
         routes=tuple(_route(name, tallies[name], workers) for name in sorted(tallies)),
         strangers={name: n for name, n in sorted(pending.items()) if name not in known and n},
         unreadable=unreadable,
+        servers=gather(registered, weights, workers),
     )
     return replace(snapshot, reasons=[*explain(snapshot), *warnings])
 
@@ -95,6 +99,8 @@ def _worker(card: Mapping[str, Any], pending: Mapping[str, int], now_ms: int) ->
                 in_flight=int(s.get("in_flight") or 0),
                 version=None if s.get("version") is None else int(s["version"]),
                 error=str(s.get("error") or ""),
+                limit=int(s.get("limit") or 0),
+                why=str(s.get("why") or ""),
             )
             for s in card.get("servers", ())
         ),

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rollfleet_console.fleet_servers import render_servers
 from rollfleet_console.reasons import ago
 from rollfleet_console.views import Route, Snapshot, WorkerCard
 
@@ -36,6 +37,8 @@ def render(s: Snapshot, *, why_first: bool = False) -> RenderableType:
         parts += [_routes(s.routes), ""]
     if s.workers:
         parts += [_workers(s.workers), ""]
+    if s.servers:
+        parts += [render_servers(s.servers), ""]
     return Group(*parts, *(() if why_first else _why(s)))
 
 

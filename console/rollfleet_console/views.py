@@ -8,7 +8,7 @@ from rollfleet_common.board import Shape
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import PolicyVersion
 
-__all__ = ["LOST_AFTER_S", "Route", "Server", "Snapshot", "WorkerCard"]
+__all__ = ["LOST_AFTER_S", "FleetServer", "Route", "Server", "Snapshot", "WorkerCard"]
 
 #: A card is written every 10 s; three that never came mean that the worker is gone.
 LOST_AFTER_S = 30.0
@@ -25,11 +25,38 @@ class Server:
     version: int | None
     #: What it did wrong last; "" if nothing.
     error: str = ""
+    #: Requests at once that it is sent at most.
+    limit: int = 0
+    #: Why it is sent nothing; "" if it is.
+    why: str = ""
 
     @property
     def up(self) -> bool:
         """Whether requests are sent to it."""
         return self.state == "serving"
+
+
+@dataclass(frozen=True, slots=True)
+class FleetServer:
+    """An inference server as everyone together knows it."""
+
+    name: str
+    #: Whether, and as what, an operator registered it.
+    registered: bool
+    engine: str
+    draining: bool
+    #: What the trainer last did to its weights, and to which version; "" and None if nothing.
+    weights: str
+    version: int | None
+    #: Why it is not used, by the trainer or else by a worker.
+    why: str
+    #: Live workers by the state that they see it in.
+    states: Mapping[str, int]
+    in_flight: int
+    #: Requests at once that all of them together send it at most.
+    limit: int
+    #: Versions that workers have seen it serve.
+    seen_versions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +128,7 @@ class Snapshot:
     strangers: Mapping[str, int]
     #: Cards that could not be read.
     unreadable: tuple[str, ...] = ()
+    servers: tuple[FleetServer, ...] = ()
     reasons: list[str] = field(default_factory=list)
 
     @property

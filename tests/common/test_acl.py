@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rollfleet_common.keys import RunKeys
 from rollfleet_common.leases import Failure, FailureKind, Leases
 from rollfleet_common.ledger import read_books
 from rollfleet_common.redis import connect, connect_sync, translate
+from rollfleet_common.servers import Server, Servers, ServerWeights, WeightState
 from rollfleet_common.streams import Streams, Submission
 from rollfleet_console import dead, doctor
 from rollfleet_console.record import record
@@ -29,6 +30,7 @@ from rollfleet_console.snapshot import take
 ACL = Path(__file__).parents[2] / "deploy" / "acl"
 ROLES = ("trainer", "worker", "console-readonly", "console-operator", "console-recorder")
 RUN, OTHER = "mine", "other"
+SERVER = "http://10.0.0.7:8000"
 
 
 class Guarded:
@@ -205,6 +207,46 @@ async def test_the_recorder_taps_a_run_that_trainer_and_worker_serve(
         await client.aclose()
 
 
+async def test_who_says_which_servers_there_are_and_what_they_hold(guarded: Guarded) -> None:
+    await stage(guarded)
+    row = ServerWeights(SERVER, WeightState.SERVING, 3)
+
+    async def registry(role: str, call: Callable[[Servers], Awaitable[Any]]) -> Any:
+        async with connect(guarded.of(role), role="test") as client:
+            return await call(Servers(client, RunKeys(RUN)))
+
+    assert await registry("console-operator", lambda s: s.add(Server(SERVER)))
+    assert await registry("console-operator", lambda s: s.drain(SERVER))
+    assert not await registry("console-operator", lambda s: s.drain("http://nobody:1"))
+    await registry("trainer", lambda s: s.tell("t", [row]))
+    for role in ROLES:
+        if role != "console-recorder":
+            known, weights = await registry(role, lambda s: s.read())
+            assert (known, weights) == ({SERVER: Server(SERVER, draining=True)}, {SERVER: row})
+    for role in ("worker", "console-readonly", "trainer"):
+        with pytest.raises(ResponseError, match=r"(?i)permission|NOPERM"):
+            await registry(role, lambda s: s.add(Server(SERVER)))
+    for role in ("worker", "console-readonly", "console-operator"):
+        with pytest.raises((ResponseError, SupersededError)):
+            await registry(role, lambda s: s.tell("t", [row]))
+    await registry("trainer", lambda s: s.forget("t", [SERVER]))
+    assert await registry("console-operator", lambda s: s.remove(SERVER))
+
+
+async def test_a_worker_parks_reads_and_removes(guarded: Guarded, admin: Any) -> None:
+    key = RunKeys(RUN).partition(0).progress("g", 0, 0)
+    async with connect(guarded.of("worker"), role="test") as client:
+        await client.set(key, b"half", px=1000)
+        assert await client.mget([key]) == [b"half"]
+        assert 0 < admin.pttl(key) <= 1000
+        assert await client.unlink(key) == 1
+    for role in ROLES:
+        if role != "worker":
+            async with connect(guarded.of(role), role="test") as client:
+                with pytest.raises(NoPermissionError):
+                    await client.set(key, b"forged", px=1000)
+
+
 async def test_scripts_that_were_loaded_ahead_need_no_right_to_eval(
     guarded: Guarded, admin: Any
 ) -> None:
@@ -266,6 +308,8 @@ WORKER = [
     ("HSET", "rf:{mine/0}:fence", "token", "me"),
     ("HSET", "rf:{mine/0}:ledger", "committed", "9"),
     ("HSET", "rf:{mine}:batches", "1", "x"),
+    ("HSET", "rf:{mine}:servers", "http://mine:1", "{}"),
+    ("HSET", "rf:{mine}:weights", "http://mine:1", "{}"),
     ("SADD", "rf:{mine/0}:trained", "1-1"),
     ("SADD", "rf:{mine/0}:routes", "x"),
     ("XRANGE", "rf:{mine/0}:rollouts", "-", "+"),
@@ -283,9 +327,13 @@ WORKER = [
     ("EVAL", "return redis.call('HSET', KEYS[1], 'token', 'me')", "1", "rf:{mine/0}:fence"),
     ("EVAL", "return redis.call('HGET', 'rf:{mine}:board', 'token')", "0"),
     ("SCRIPT", "LOAD", "return 1"),
+    ("SET", "rf:{other/0}:progress:g:0:0", "x"),
+    ("SET", "rf:{mine/0}:progress", "x"),
+    ("PERSIST", "rf:{mine/0}:progress:g:0:0"),
 ]
 TRAINER = [
     ("SCAN", "0"),
+    ("HSET", "rf:{mine}:servers", "http://mine:1", "{}"),
     ("HSET", "rf:{mine}:workers", "w", "{}"),
     ("XGROUP", "CREATE", "rf:{mine/0}:prompts:default", "workers", "0"),
     ("XREADGROUP", "GROUP", "workers", "w", "STREAMS", "rf:{mine/0}:prompts:default", ">"),
@@ -294,6 +342,7 @@ TRAINER = [
     ("XDEL", "rf:{mine/0}:dead", "1-1"),
 ]
 READER = [
+    ("HSET", "rf:{mine}:weights", "http://mine:1", "{}"),
     ("HSET", "rf:{mine}:board", "version", "9"),
     ("HSET", "rf:{mine}:workers", "w", "{}"),
     ("SET", "rf:{mine}:trainer", "me"),
@@ -304,6 +353,7 @@ READER = [
     ("EVAL", "return redis.call('SET', KEYS[1], 'x')", "1", "rf:{mine}:trainer"),
 ]
 READONLY = [
+    ("HSET", "rf:{mine}:servers", "http://mine:1", "{}"),
     ("SADD", "rf:{mine/0}:routes", "x"),
     ("XDEL", "rf:{mine/0}:dead", "1-1"),
     ("XADD", "rf:{mine/0}:prompts:default", "*", "d", "x"),

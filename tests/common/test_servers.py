@@ -4,7 +4,14 @@ import pytest
 from fixtures.rig import TOKEN, Rig
 
 from rollfleet_common.errors import SettingsError, SupersededError
-from rollfleet_common.servers import Server, Servers, ServerWeights, WeightState, server_url
+from rollfleet_common.servers import (
+    Server,
+    Servers,
+    ServerWeights,
+    WeightState,
+    server_name,
+    server_url,
+)
 
 A, B = "http://10.0.0.7:8000", "http://10.0.0.8:8000/prefix"
 
@@ -22,6 +29,10 @@ def servers(rig: Rig) -> Servers:
         (" http://h:8000/v1", "http://h:8000"),
         ("https://h/v1/", "https://h"),
         ("https://h/proxy/a", "https://h/proxy/a"),
+        ("HTTP://Host:80/A", "http://host/A"),
+        ("https://h:443", "https://h"),
+        ("https://h:80", "https://h:80"),
+        ("http://User:Pw@h", "http://User:Pw@h"),
     ],
 )
 def test_a_url_is_written_in_one_way(written: str, meant: str):
@@ -32,6 +43,21 @@ def test_a_url_is_written_in_one_way(written: str, meant: str):
 def test_what_is_no_url_of_a_server_is_refused(url: str):
     with pytest.raises(SettingsError, match="should be a URL"):
         server_url(url)
+
+
+def test_the_name_of_a_server_holds_no_password():
+    assert server_name("http://user:pw@h:1/a@b") == "http://h:1/a@b"
+    assert server_name("http://h:1/a@b") == "http://h:1/a@b"
+    with pytest.raises(SettingsError) as caught:
+        server_url("http://user:pw@")
+    assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://user:pw@h", "http://h/", "http://h:80", "HTTP://h"])
+async def test_a_url_that_is_written_otherwise_is_not_registered(servers: Servers, url: str):
+    with pytest.raises(SettingsError, match="cannot be registered") as caught:
+        await servers.add(Server(url))
+    assert "pw" not in str(caught.value)
 
 
 async def test_servers_come_go_and_drain(servers: Servers):

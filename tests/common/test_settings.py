@@ -141,7 +141,7 @@ def test_any_text_is_a_duration_or_a_settings_error(text: str) -> None:
         (["--buffer-bytes", "1TB"], 'a number of bytes or a size such as "64KiB", "16MiB"'),
         (["--health-port", "70000"], "should be less than or equal to 65535"),
         (["--run", "a b"], "run = 'a b' (from flag --run): the name 'a b' cannot be part of a Red"),
-        (["--server", "10.0.0.7:8000"], "every server should be a URL such as http://10.0.0.7:800"),
+        (["--server", "10.0.0.7:8000"], "should be a URL such as http://10.0.0.7:8000"),
         (["--server", "http://u:pw@x", "--server", "y"], "servers = ['http://***@x', 'y']"),
         (["--server", "http://x", "--server", "http://x/"], "names a server twice"),
         (["--workflow", "math=x:Y"], "names the route 'math' twice"),
@@ -150,6 +150,11 @@ def test_any_text_is_a_duration_or_a_settings_error(text: str) -> None:
         (["--stop-token-id", "[1"], "should be a valid integer"),
         (["--retry-base-s", "1m"], "retry_max_s (30) is less than retry_base_s (60)"),
         (["--buffer-bytes", "1MiB"], "buffer_bytes (1,048,576) is less than max_rollout_bytes (16"),
+        (
+            ["--park", "--segment-tokens", "0"],
+            "park is on and segment_tokens is 0: generations are",
+        ),
+        (["--segment-tokens", "-1"], "segment_tokens = '-1' (from flag --segment-tokens): should"),
         (["--config", "/nowhere.toml"], "settings file /nowhere.toml: No such file or directory"),
     ],
 )

@@ -40,7 +40,8 @@ def floats(*values: float) -> np.ndarray:
         sample(logprobs=floats(0.0, 0.0, 0.005, -1.5)),  # rounding of half precision
         sample(logprobs=floats(0.7, -9999.0, -0.5, -20000.0)),  # only trained tokens count
         sample(versions=VersionSpans.constant(0)),
-        sample(versions=spans([0, 2, 3], [9, 3, 3])),  # backwards, but not over trained tokens
+        sample(versions=spans([0, 2, 3], [9, 3, 3])),  # backwards where nothing is trained
+        sample(versions=spans([0, 3], [4, 3])),  # two calls, two servers, a refit that rolls
         sample(reward=-2, components={"a": 1}, metrics={"b": np.float32(2)}),
         sample(arrays={"x": np.zeros((4, 2), np.float16), "y": np.array(3)}),
         Sample(
@@ -81,7 +82,6 @@ BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     "less than -1": ({"versions": spans([0, 1], [-2, 3])}, "versions.versions[0] is -2"),
     "trained by nobody": ({"versions": spans([0, 3], [-1, 3])}, "no policy made it"),
     "constant nobody": ({"versions": VersionSpans.constant(-1)}, "no policy made it"),
-    "backwards": ({"versions": spans([0, 3], [4, 3])}, "backwards over trained tokens: 3 after 4"),
     "future": ({"versions": spans([0, 3], [3, 10])}, "a rollout from the future"),
     "NaN reward": ({"reward": float("nan")}, "reward is nan"),
     "no reward": ({"reward": None}, "reward is None"),

@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
-from collections import Counter, deque
+from collections import Counter
+from dataclasses import fields
 
-import numpy as np
 import pytest
 from fixtures import fake_vllm
 from fixtures.fake_vllm import FakeVllm
+from fixtures.scripted_engine import Gate, Server, request_of
 from support import wait_until_async
 
 from rollfleet_common.errors import (
@@ -16,69 +17,13 @@ from rollfleet_common.errors import (
     EngineUnavailableError,
     SettingsError,
 )
-from rollfleet_common.messages import VersionSpans
-from rollfleet_worker.inference.engine import Generation, Request, Sampling
+from rollfleet_common.messages import PolicyVersion
+from rollfleet_worker.inference.breaker import Patience
 from rollfleet_worker.inference.http import OverloadedError
 from rollfleet_worker.inference.pool import EnginePool, ServerState
 from rollfleet_worker.inference.vllm import VllmEngine
 
-
-def request_of(affinity="a"):
-    return Request(np.array([1, 2], np.int32), Sampling(max_tokens=1), affinity, 0)
-
-
-class Gate(asyncio.Event):
-    def __init__(self, *, is_open=False):
-        super().__init__()
-        if is_open:
-            self.set()
-
-
-class Server:
-    """An engine that does what it is told, and remembers."""
-
-    version = 7
-
-    def __init__(self, name):
-        self.name = name
-        self.script = deque()
-        self.calls = 0
-        self.in_flight = 0
-        self.most = 0
-        self.is_ready: bool | Exception = True
-        self.probes = 0
-        self.closed = 0
-        #: Calls wait for this.
-        self.gate = Gate(is_open=True)
-
-    async def generate(self, request, n=1):
-        self.calls += 1
-        self.in_flight += n
-        self.most = max(self.most, self.in_flight)
-        try:
-            await self.gate.wait()
-            await asyncio.sleep(0)
-            if self.script:
-                raise self.script.popleft()
-        finally:
-            self.in_flight -= n
-        one = Generation(
-            np.zeros(1, np.int32),
-            np.zeros(1, np.float32),
-            VersionSpans.constant(0),
-            "stop",
-            self.name,
-        )
-        return [one] * n
-
-    async def ready(self):
-        self.probes += 1
-        if isinstance(self.is_ready, Exception):
-            raise self.is_ready
-        return self.is_ready
-
-    async def close(self):
-        self.closed += 1
+TIMES = {field.name for field in fields(Patience)}
 
 
 @pytest.fixture
@@ -87,7 +32,9 @@ async def pool_of():
 
     def make(*servers, cap=256, **settings):
         # No pause by default, so that nothing here waits for a clock.
-        settings = {"backoff_s": 1e-6, "max_backoff_s": 1e-6, "wait_s": 5.0, **settings}
+        times = {"backoff_s": 1e-6, "max_backoff_s": 1e-6}
+        times |= {name: settings.pop(name) for name in TIMES & settings.keys()}
+        settings = {"wait_s": 5.0, "patience": Patience(**times), **settings}
         pools.append(EnginePool(servers, cap, **settings))
         return pools[-1]
 
@@ -104,6 +51,15 @@ def down(said="down"):
     return EngineUnavailableError(said)
 
 
+async def up(pool):
+    """Until every server has answered once."""
+    pool.apply({}, {}, PolicyVersion(0, 0))
+    await wait_until_async(
+        lambda: all(one.state is ServerState.SERVING for one in pool.states()), "all to answer"
+    )
+    return pool
+
+
 async def favourite(pool, affinity="a"):
     (one,) = await pool.generate(request_of(affinity))
     return one.server
@@ -113,7 +69,7 @@ async def favourite(pool, affinity="a"):
 
 
 async def test_one_key_stays_on_one_server_and_keys_spread(pool_of):
-    pool = pool_of(*servers(4))
+    pool = await up(pool_of(*servers(4)))
     homes = {}
     for key in map(str, range(200)):
         homes[key] = await favourite(pool, key)
@@ -124,7 +80,7 @@ async def test_one_key_stays_on_one_server_and_keys_spread(pool_of):
 
 
 async def test_when_a_server_goes_only_its_own_keys_move(pool_of):
-    before, after = pool_of(*servers(4)), pool_of(*servers(3))
+    before, after = await up(pool_of(*servers(4))), await up(pool_of(*servers(3)))
     for key in map(str, range(100)):
         home = await favourite(before, key)
         if home != "s3":
@@ -205,12 +161,12 @@ async def test_a_waiter_cancelled_at_its_turn_gives_its_place_back(pool_of):
     first = asyncio.create_task(pool.generate(request_of()))
     await wait_until_async(lambda: server.calls == 1, "the first to be in")
     second = asyncio.create_task(pool.generate(request_of()))
-    await wait_until_async(lambda: len(pool._waiters) == 1, "the second to wait")
-    pool._release(pool._members[0], 1)  # its turn came ...
+    await wait_until_async(lambda: len(pool._router._waiters) == 1, "the second to wait")
+    pool._router.release(pool._members["s0"], 1)  # its turn came ...
     second.cancel()  # ... before it could run
     await asyncio.gather(second, return_exceptions=True)
     assert pool.states()[0].in_flight == 0
-    pool._members[0].in_flight += 1
+    pool._members["s0"].in_flight += 1
     server.gate.set()
     await first
 
@@ -249,7 +205,7 @@ async def test_one_server_that_blinks_is_waited_for(pool_of):
     server.script.append(down())
     await pool_of(*crew).generate(request_of())
     assert server.calls == 2
-    assert server.probes == 1
+    assert server.probes == 2  # before the first call, and after it failed
 
 
 @pytest.mark.parametrize("error", [EngineRefusedError("no"), EngineProtocolError("odd")])
@@ -280,10 +236,10 @@ async def test_a_server_that_only_answers_nonsense_is_put_out(pool_of):
 
 async def test_when_all_are_out_it_waits_then_says_which_and_why(pool_of):
     crew = servers(2)
+    pool = await up(pool_of(*crew, wait_s=0.05))
     for server in crew:
         server.is_ready = False
         server.script.append(down(f"{server.name} burnt down"))
-    pool = pool_of(*crew, wait_s=0.05)
     with pytest.raises(EngineUnavailableError) as caught:
         await pool.generate(request_of())
     said = str(caught.value)
@@ -351,16 +307,16 @@ async def test_the_backoff_grows_until_a_call_succeeds(pool_of):
     server.script.extend(down() for _ in range(4))
     pool = pool_of(*crew, tries=5)
     failures = []
-    eject = pool._eject
+    eject = pool._breaker.eject
 
     def noting(member, life, error):
         eject(member, life, error)
         failures.append(member.failures)
 
-    pool._eject = noting
+    pool._breaker.eject = noting
     await pool.generate(request_of())
     assert failures == [1, 2, 3, 4]
-    assert pool._members[0].failures == 0
+    assert pool._members["s0"].failures == 0
 
 
 async def test_the_pause_is_jittered_bounded_and_no_shorter_than_asked(pool_of, monkeypatch):
@@ -373,7 +329,7 @@ async def test_the_pause_is_jittered_bounded_and_no_shorter_than_asked(pool_of, 
             pauses.append(pause_s)
         await sleep(0)
 
-    monkeypatch.setattr("rollfleet_worker.inference.pool.asyncio.sleep", noting)
+    monkeypatch.setattr("rollfleet_worker.inference.breaker.asyncio.sleep", noting)
     server.script.append(OverloadedError("busy", 9.0))
     server.script.extend(down() for _ in range(12))
     pool = pool_of(*crew, tries=20, backoff_s=1.0, max_backoff_s=10.0, seed=1)
@@ -457,8 +413,10 @@ async def test_closing_fails_those_who_wait_and_closes_every_engine(pool_of):
 )
 def test_settings_that_make_no_sense(names, settings):
     cap = settings.pop("cap", 1)
+    patience = Patience(**{name: settings.pop(name) for name in TIMES & settings.keys()})
+    engines = [Server(name) for name in names]
     with pytest.raises(SettingsError):
-        EnginePool([Server(name) for name in names], cap, **settings)
+        EnginePool(engines, cap, patience=patience, **settings)
 
 
 # With real sockets.

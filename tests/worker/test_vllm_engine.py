@@ -1,36 +1,24 @@
 """What the vLLM client makes of good answers, and what it calls bad ones."""
 
 import asyncio
-import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from fixtures import fake_vllm
+from fixtures.engines import request_of
 from fixtures.fake_vllm import COMPLETIONS, GENERATE, FakeVllm, choice
 
 from rollfleet_common.errors import (
     EngineProtocolError,
-    EngineRefusedError,
     EngineUnavailableError,
     SettingsError,
 )
 from rollfleet_common.messages import NO_VERSION
-from rollfleet_worker.inference import http
-from rollfleet_worker.inference.engine import Request, Sampling
-from rollfleet_worker.inference.http import OverloadedError
+from rollfleet_worker.inference.segments import Resumer
+from rollfleet_worker.inference.siblings import SiblingEngine
 from rollfleet_worker.inference.vllm import VllmEngine
 
 ROUTES = ["generate", "completions"]
-
-
-def request_of(version=3, **sampling):
-    return Request(
-        token_ids=np.array([5, 6, 7, 8], np.int32),
-        sampling=Sampling(**{"max_tokens": 4, **sampling}),
-        affinity="group 1",
-        version=version,
-    )
 
 
 @pytest.fixture
@@ -266,7 +254,8 @@ async def test_an_aborted_generation_goes_on_with_what_is_left(fake, connect, ro
     fake.version = "3"
     fake.script.extend([fake_vllm.made(tokens=7, finish_reason="abort"), refit])
     request = request_of(max_tokens=10, seed=5, extra={"min_tokens": 8})
-    (made,) = await connect(route=route).generate(request)
+    resumer = Resumer(connect(route=route), version=lambda: 4)
+    (made,) = await resumer.generate(request)
     # More than half was done: a budget counted down twice would end here.
     assert made.token_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
     assert len(made.logprobs) == 10
@@ -295,7 +284,7 @@ async def test_only_the_completions_that_were_cut_off_go_on(fake, connect):
         )
 
     fake.script.append(half)
-    made = await connect().generate(request_of(), n=2)
+    made = await Resumer(SiblingEngine(connect())).generate(request_of(), n=2)
     assert [len(one.token_ids) for one in made] == [4, 3]
     assert [one.finish_reason for one in made] == ["length", "stop"]
     assert [seen.body["sampling_params"]["n"] for seen in fake.seen] == [2, 1]
@@ -303,7 +292,7 @@ async def test_only_the_completions_that_were_cut_off_go_on(fake, connect):
 
 async def test_an_abort_before_the_first_token_is_asked_again(fake, connect):
     fake.script.append(fake_vllm.made(tokens=0, finish_reason="abort"))
-    (made,) = await connect().generate(request_of())
+    (made,) = await Resumer(connect()).generate(request_of())
     assert len(made.token_ids) == 4
 
 
@@ -315,176 +304,63 @@ async def test_aborts_without_progress_are_not_asked_again_in_a_hot_loop(
     async def noting(pause_s):
         pauses.append(pause_s)
 
-    monkeypatch.setattr("rollfleet_worker.inference.resume.asyncio.sleep", noting)
+    monkeypatch.setattr("rollfleet_worker.inference.segments.asyncio.sleep", noting)
     fake.script.extend([fake_vllm.made(tokens=0, finish_reason="abort")] * 10)
-    (made,) = await connect().generate(request_of())
+    (made,) = await Resumer(connect()).generate(request_of())
     assert len(made.token_ids) == 4
-    assert len(pauses) == 9
+    assert len(pauses) == 10
     assert pauses == sorted(pauses)
     assert pauses[-1] <= 2.0
 
 
 async def test_an_abort_with_the_budget_spent_is_a_length(fake, connect):
     fake.script.append(fake_vllm.made(tokens=4, finish_reason="abort"))
-    (made,) = await connect().generate(request_of())
+    (made,) = await Resumer(connect()).generate(request_of())
     assert (len(made.token_ids), made.finish_reason) == (4, "length")
     assert len(fake.seen) == 1
 
 
 async def test_endless_aborts_are_an_unavailable_server(fake, connect):
-    fake.script.extend([fake_vllm.made(tokens=1, finish_reason="abort")] * 3)
-    with pytest.raises(EngineUnavailableError, match=r"aborted a generation 3 times \(3 of"):
-        await connect(max_resumes=2).generate(request_of(max_tokens=10))
+    fake.script.extend([fake_vllm.made(tokens=0, finish_reason="abort")] * 3)
+    with pytest.raises(EngineUnavailableError, match=f"3 times in a row, .*: {fake.url} cut it"):
+        await Resumer(connect(), max_resumes=2).generate(request_of(max_tokens=10))
 
 
 async def test_sampling_that_looks_back_starts_over(fake, connect):
     fake.script.append(fake_vllm.made(tokens=2, finish_reason="abort"))
-    (made,) = await connect().generate(request_of(extra={"stop": ["x"]}))
+    (made,) = await Resumer(connect()).generate(request_of(extra={"stop": ["x"]}))
     assert made.token_ids.tolist() == [0, 1, 2, 3]
     assert fake.seen[1].body["token_ids"] == [5, 6, 7, 8]
 
 
 async def test_a_failing_resume_stops_its_siblings(fake, connect):
-    async def both(fake, request, body):
-        cut = [
-            choice(fake, request.path, body, index=i, tokens=1, finish_reason="abort")
-            for i in range(2)
-        ]
-        return fake_vllm.web.json_response(fake_vllm.answer(cut))
-
-    fake.script.extend([both, fake_vllm.hang, fake_vllm.status(500)])
+    aborted = fake_vllm.made(tokens=0, finish_reason="abort")
+    fake.script.extend([aborted, aborted, fake_vllm.hang, fake_vllm.status(500)])
     with pytest.raises(EngineUnavailableError, match="500"):
-        await connect().generate(request_of(), n=2)
+        await Resumer(connect()).generate(request_of(), n=2)
     await asyncio.wait_for(fake.left.wait(), 5)
 
 
 # Bad answers.
 
 
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [
-        (400, EngineRefusedError),
-        (413, EngineRefusedError),
-        (422, EngineRefusedError),
-        (401, EngineUnavailableError),
-        (403, EngineUnavailableError),
-        (404, EngineUnavailableError),
-        (408, EngineUnavailableError),
-        (429, OverloadedError),
-        (500, EngineUnavailableError),
-        (502, EngineUnavailableError),
-        (503, EngineUnavailableError),
-        (418, EngineProtocolError),
-    ],
-)
-@pytest.mark.parametrize("route", ROUTES)
-async def test_statuses_say_whose_fault_it_was(fake, connect, code, error, route):
-    fake.script.append(fake_vllm.status(code, "the reason"))
-    with pytest.raises(error, match="the reason") as caught:
-        await connect(route=route).generate(request_of())
-    assert type(caught.value) is error
-    assert str(code) in str(caught.value)
-
-
-@pytest.mark.parametrize("code", [429, 503])
-@pytest.mark.parametrize(("header", "asked_s"), [("7", 7.0), ("later", 0.0)])
-async def test_retry_after_is_kept(fake, connect, code, header, asked_s):
-    fake.script.append(fake_vllm.status(code, headers={"Retry-After": header}))
-    with pytest.raises(EngineUnavailableError) as caught:
-        await connect().generate(request_of())
-    assert getattr(caught.value, "retry_after_s", 0.0) == asked_s
-
-
-def test_retry_after_may_be_a_date():
-    assert http._retry_after_s("Fri, 31 Dec 2100 23:59:59 GMT") > 1e9
-    assert http._retry_after_s("Fri, 31 Dec 1999 23:59:59 GMT") == 0.0
-    assert http._retry_after_s("Fri, 99 Dec 1999") == 0.0
-
-
-async def test_a_redirect_is_not_followed(fake, connect):
-    elsewhere = {"Location": "http://elsewhere.invalid/"}
-    fake.script.append(fake_vllm.status(307, headers=elsewhere))
-    with pytest.raises(EngineProtocolError, match=r"elsewhere\.invalid.*not followed"):
-        await connect().generate(request_of())
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "said"),
-    [
-        ("<html><body>nginx</body></html>", "text/html", "text/html that is no JSON"),
-        ('{"choices": [{"index": 0, "token_i', "application/json", "is no JSON"),
-        ("", "application/json", "0 bytes"),
-        ("[]", "application/json", "expected a JSON object"),
-        ("[" * 100_000, "application/json", "is no JSON"),
-        ("{}", "application/json", "asked for 1 completions, got NoneType"),
-        ('{"choices": []}', "application/json", "asked for 1 completions, got 0"),
-        ('{"choices": [7]}', "application/json", "int, not an object"),
-    ],
-)
-async def test_what_is_no_answer_is_quoted_shortly(fake, connect, text, kind, said):
-    fake.script.append(fake_vllm.body(text, kind))
-    with pytest.raises(EngineProtocolError, match=said) as caught:
-        await connect().generate(request_of())
-    assert len(str(caught.value)) < 600
-
-
 def change(**fields):
     return lambda whole: whole["choices"][0].update(fields)
-
-
-def change_logprob(value):
-    def spoil(whole):
-        logprobs = whole["choices"][0]["logprobs"]
-        if "content" in logprobs:
-            logprobs["content"][1]["logprob"] = value
-        else:
-            logprobs["token_logprobs"][1] = value
-
-    return spoil
-
-
-def fewer_logprobs(whole):
-    logprobs = whole["choices"][0]["logprobs"]
-    (logprobs["content"] if "content" in logprobs else logprobs["token_logprobs"]).pop()
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (change(token_ids=None), "no token ids"),
-        (change(token_ids="abc"), "no token ids"),
-        (change(token_ids=[]), "no token, and ended by 'length'"),
-        (change(token_ids=[1, 2, 3]), "3 tokens but 4 logprobs"),
-        (change(token_ids=[1, 2, 3, 4, 5]), "5 tokens where 4 were allowed"),
-        (change(token_ids=[1, 2, 3, -4]), "not within 0"),
-        (change(token_ids=[1, 2, 3, 2**31]), "not within 0"),
-        (change(token_ids=[1, 2, 3, 2**80]), "not all integers"),
-        (change(token_ids=[1, 2, 3, 4.5]), "not all integers"),
-        (change(token_ids=[1, 2, 3, None]), "not all integers"),
-        (change(token_ids=["1", "2", "3", "4"]), "not all integers"),
-        (change(token_ids=[[1], [2], [3], [4]]), "not all integers"),
-        (change(token_ids=[1, [2], 3, 4]), "no flat list"),
-        (change(logprobs=None), "no logprobs"),
         (change(logprobs={"content": [{}, {}, {}, {}]}), "no logprobs"),
-        (change(logprobs={"content": 5}), "no logprobs"),
-        (fewer_logprobs, "4 tokens but 3 logprobs"),
-        (change_logprob(math.nan), "logprob of token 1 of 4 is nan|is no JSON"),
-        (change_logprob(-math.inf), "logprob of token 1 of 4 is -inf|is no JSON"),
-        (change_logprob(-9999.0), "logprob of token 1 of 4 is -9999"),
-        (change_logprob(None), "not all numbers"),
-        (change_logprob("-0.5"), "not all numbers"),
-        (change_logprob([-0.5]), "no flat list"),
-        (change(finish_reason=None), "ended by None"),
-        (change(finish_reason="error"), "ended by 'error'"),
+        (change(logprobs=[]), "no logprobs"),
         (change(index=1), "index 1, twice or out of range"),
         (change(index=True), "index True"),
+        (change(index=[0]), "index "),
         (change(prompt_token_ids=[5, 6]), "another prompt than ours"),
-        (lambda whole: whole["choices"].append(whole["choices"][0]), "asked for 1 .* got 2"),
     ],
 )
 @pytest.mark.parametrize("route", ROUTES)
-async def test_an_unusable_generation_is_never_patched_up(fake, connect, spoil, said, route):
+async def test_an_unusable_choice_is_never_patched_up(fake, connect, spoil, said, route):
     fake.script.append(fake_vllm.spoilt(spoil))
     with pytest.raises(EngineProtocolError, match=said):
         await connect(route=route).generate(request_of())
@@ -538,133 +414,6 @@ async def test_one_index_twice_is_refused(fake, connect):
         await connect().generate(request_of(), n=2)
 
 
-async def test_an_answer_over_the_cap_is_not_read(fake, connect, monkeypatch):
-    engine = connect()
-    monkeypatch.setattr(engine._http, "_max_response_bytes", 1000)
-    fake.script.append(fake_vllm.body(" " * 5000))
-    with pytest.raises(EngineProtocolError, match="longer than 1000 bytes"):
-        await engine.generate(request_of())
-
-    async def unannounced(fake, request, body):
-        response = fake_vllm.web.StreamResponse()
-        response.enable_chunked_encoding()
-        await response.prepare(request)
-        await response.write(b" " * 5000)
-        return response
-
-    fake.script.append(unannounced)
-    with pytest.raises(EngineProtocolError, match="longer than 1000 bytes"):
-        await engine.generate(request_of())
-
-
-# Servers that are not there.
-
-
-async def test_a_reset_connection_is_an_unavailable_server(fake, connect):
-    fake.script.append(fake_vllm.reset)
-    with pytest.raises(EngineUnavailableError, match=r"Payload|Disconnected|reset"):
-        await connect().generate(request_of())
-
-
-async def test_a_hanging_server_runs_into_the_timeout(fake, connect):
-    fake.script.append(fake_vllm.hang)
-    with pytest.raises(EngineUnavailableError, match="no whole answer after"):
-        await connect(timeout_s=0.1).generate(request_of())
-    await asyncio.wait_for(fake.left.wait(), 5)
-
-
-async def test_a_cancelled_caller_hangs_up(fake, connect):
-    fake.script.append(fake_vllm.hang)
-    task = asyncio.create_task(connect().generate(request_of()))
-    await fake.hanging.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.wait_for(fake.left.wait(), 5)
-
-
-async def test_nobody_there(fake, connect):
-    await fake.stop()
-    engine = connect()
-    with pytest.raises(EngineUnavailableError, match=r"127\.0\.0\.1"):
-        await engine.generate(request_of())
-    assert not await engine.ready()
-
-
-async def test_something_else_than_http(connect):
-    async def say(reader, writer):
-        await reader.readline()
-        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
-        writer.close()
-
-    server = await asyncio.start_server(say, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    engine = VllmEngine(f"http://127.0.0.1:{port}")
-    with pytest.raises(EngineProtocolError, match="no HTTP"):
-        await engine.generate(request_of())
-    await engine.close()
-    server.close()
-    await server.wait_closed()
-
-
-async def test_https_where_there_is_none(fake):
-    engine = VllmEngine(fake.url.replace("http", "https"))
-    with pytest.raises(EngineUnavailableError, match=r"TLS|SSL"):
-        await engine.generate(request_of())
-    await engine.close()
-
-
-async def test_a_closed_client_says_so(connect):
-    engine = connect()
-    await engine.close()
-    await engine.close()
-    with pytest.raises(EngineUnavailableError, match="closed"):
-        await engine.generate(request_of())
-
-
-# Set up wrongly.
-
-
-async def test_a_wrong_key_is_the_servers_set_up_and_stays_secret(fake, connect):
-    fake.api_key = "right"
-    engine = connect(api_key="wr0ng-secret")
-    with pytest.raises(EngineUnavailableError, match=r"401.*api_key") as caught:
-        await engine.generate(request_of())
-    assert "wr0ng-secret" not in str(caught.value)
-    assert not await engine.ready()
-
-
-async def test_a_key_that_the_server_echoes_stays_secret(fake, connect):
-    fake.script.append(fake_vllm.status(500, "bad key wr0ng-secret"))
-    with pytest.raises(EngineUnavailableError) as caught:
-        await connect(api_key="wr0ng-secret").generate(request_of())
-    assert "wr0ng-secret" not in str(caught.value)
-    assert "bad key ***" in str(caught.value)
-
-
-async def test_a_password_in_the_url_stays_secret(fake):
-    engine = VllmEngine(fake.url.replace("http://", "http://me:hunter2@"))
-    assert engine.name == fake.url
-    fake.script.append(fake_vllm.status(500))
-    with pytest.raises(EngineUnavailableError) as caught:
-        await engine.generate(request_of())
-    assert "hunter2" not in str(caught.value)
-    assert fake.seen[0].headers["Authorization"].startswith("Basic ")
-    await engine.close()
-
-
-async def test_a_wrong_model_is_named(fake, connect):
-    engine = connect(model="huge")
-    with pytest.raises(EngineUnavailableError, match=r"`huge` does not exist.*model name"):
-        await engine.generate(request_of())
-    assert not await engine.ready()
-
-
-async def test_ready_makes_do_without_a_list_of_models(fake, connect):
-    fake.lists_models = False
-    assert await connect(model="tiny").ready()
-
-
 async def test_a_version_may_be_a_number(fake, connect):
     spans = [{"version": 7, "start": 0, "end": 4}]
     fake.script.append(fake_vllm.spoilt(change(weight_versions=spans)))
@@ -672,41 +421,6 @@ async def test_a_version_may_be_a_number(fake, connect):
     assert made.versions.newest() == 7
 
 
-async def test_ready_asks_for_health_and_model(fake, connect):
-    assert await connect().ready()
-    assert await connect(model="tiny").ready()
-    fake.healthy = False
-    assert not await connect().ready()
-
-
-@pytest.mark.parametrize(
-    ("url", "settings"),
-    [
-        ("localhost:8000", {}),
-        ("ftp://host", {}),
-        ("http://", {}),
-        ("http://[", {}),
-        ("http://host", {"api_key": "a\nb"}),
-        ("http://me:pass@host", {"api_key": "k"}),
-        ("http://host", {"route": "chat"}),
-    ],
-)
-def test_settings_that_make_no_sense(url, settings):
-    with pytest.raises(SettingsError):
-        VllmEngine(url, **settings)
-
-
-async def test_requests_that_make_no_sense_never_leave(fake, connect):
-    engine = connect()
-    empty = replace(request_of(), token_ids=np.zeros(0, np.int32))
-    for request, n in [
-        (empty, 1),
-        (request_of(), 0),
-        (request_of(max_tokens=0), 1),
-        (request_of(extra={"n": 5}), 1),
-        (request_of(extra={"logit_bias": object()}), 1),
-        (request_of(temperature=math.nan), 1),
-    ]:
-        with pytest.raises(EngineRefusedError):
-            await engine.generate(request, n)
-    assert not fake.seen
+def test_a_route_that_vllm_does_not_have():
+    with pytest.raises(SettingsError, match="chat"):
+        VllmEngine("http://host", route="chat")

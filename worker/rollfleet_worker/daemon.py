@@ -38,14 +38,14 @@ from rollfleet_worker.deliver import Outbox
 from rollfleet_worker.episode import Episodes
 from rollfleet_worker.follow import Follower
 from rollfleet_worker.health import HealthServer
-from rollfleet_worker.inference.engine import Engine, Sampling
-from rollfleet_worker.inference.pool import EnginePool, ServerState
-from rollfleet_worker.inference.siblings import SiblingEngine
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_worker.inference.engine import Sampling
+from rollfleet_worker.inference.pool import EnginePool
 from rollfleet_worker.logs import configure_logs
 from rollfleet_worker.metrics import Metrics
+from rollfleet_worker.progress import Parking
 from rollfleet_worker.pulse import Pulse
 from rollfleet_worker.rewards.base import RewardPool
+from rollfleet_worker.serving import build_pool, card_servers, faced
 from rollfleet_worker.settings import WorkerSettings
 from rollfleet_worker.slots import Slots
 from rollfleet_worker.workflows.base import load_workflow
@@ -61,6 +61,8 @@ OK, DEFECT, REFUSED, UNDELIVERED = 0, 1, 2, 3
 RELEASE = version("rollfleet")
 #: How long the last words to Redis may take when the drain deadline has passed.
 LAST_WORDS_S = 5.0
+#: How long what is parked may be on its way to Redis when the worker ends.
+PARK_S = 1.0
 #: How often a closed gate looks again.
 GATE_S = 0.2
 
@@ -77,6 +79,9 @@ class Worker:
         self.metrics = Metrics()
         self.slots = Slots(settings.slots)
         self.pool: EnginePool | None = None
+        self.parking: Parking | None = None
+        #: Whether a workflow says that it does nothing without an inference server.
+        self._needs_server = False
         self.follower: Follower | None = None
         self.outboxes: list[Outbox] = []
         self._alive: dict[_Key, tuple[Claim, asyncio.Task[None]]] = {}
@@ -99,12 +104,16 @@ class Worker:
 
     async def live(self, claim: Claim) -> None:
         """One prompt: run its episode, free the slot, deliver what came of it."""
+        policy = self._running[_key(claim)]
+        progress = self.parking.episode(claim, policy) if self.parking else None
         try:
-            outcome = await self.episodes.run(claim, self._running[_key(claim)])
+            outcome = await self.episodes.run(claim, policy, progress)
         finally:
             self._free(claim)
         self._counts["failed" if isinstance(outcome, Failure) else "delivered"] += 1
         await self.outboxes[claim.partition].deliver(claim, outcome)
+        if progress is not None:
+            progress.settle(outcome if isinstance(outcome, Failure) else None)
 
     def _spawn(self, claim: Claim) -> None:
         policy = self._follower.policy
@@ -198,18 +207,19 @@ class Worker:
             return "no-run"
         if self.follower.paused:
             return "paused"
-        if self.pool is not None and all(
-            server.state is ServerState.SUSPECT for server in self.pool.states()
-        ):
+        if self.pool is not None and self.pool.out and self._wants_servers(self.pool):
             return "no-server"
         if sum(outbox.bytes for outbox in self.outboxes) >= self.settings.buffer_bytes:
             return "outbox-full"
         return ""
 
+    def _wants_servers(self, pool: EnginePool) -> bool:
+        """Whether prompts would wait for a server: a workflow that calls no model needs none."""
+        return bool(self.settings.servers) or self._needs_server or pool.asked
+
     def card(self) -> dict[str, Any]:
         """What the registry shows of this worker."""
         policy = self._follower.policy
-        servers = self.pool.states() if self.pool else []
         return {
             "id": self.id,
             "host": socket.gethostname(),
@@ -218,16 +228,7 @@ class Worker:
             "routes": self.routes,
             "slots": self.slots.total,
             "busy": len(self._running),
-            "servers": [
-                {
-                    "name": s.name,
-                    "state": s.state.value,
-                    "in_flight": s.in_flight,
-                    "version": s.version,
-                    "error": s.last_error,
-                }
-                for s in servers
-            ],
+            "servers": card_servers(self.pool) if self.pool else [],
             "state": self.why_not() or "claiming",
             "policy_version": policy.version,
             "seen_ms": int(time.time() * 1000),
@@ -267,13 +268,18 @@ class Worker:
         client = connect(url, role=f"worker-{self.id}")
         readers: list[Any] = []
         rewards = RewardPool(s.reward_processes, s.reward_timeout_s)
-        engine = self._engine()
+        pool = self.pool = build_pool(s, self.metrics)
+        self._needs_server = any(getattr(w, "needs_server", False) for w in workflows.values())
+        engine = faced(pool, s, self.metrics)
+        if s.park:
+            self.parking = Parking(client, self.keys, engine, self.metrics, s.max_rollout_bytes)
         health = HealthServer(self.metrics, self.why_not)
         self.metrics.slots.set(s.slots)
         self.episodes = Episodes(
             worker=self.id,
             workflows=workflows,
             engine=engine,
+            text=pool,
             rewards=rewards,
             sampling=Sampling(
                 max_tokens=s.max_tokens,
@@ -322,37 +328,17 @@ class Worker:
                 self._on_wait,
                 self._on_answer,
                 self._cancel_hopeless,
+                pool.apply,
             )
             return await self._work(client, url, readers)
         finally:
             await health.stop()
-            if engine is not None:
-                await engine.close()
+            if self.parking is not None:
+                await self.parking.flush(PARK_S)
+            await engine.close()
             await rewards.close()
             for each in (client, *readers):
                 await each.aclose()
-
-    def _engine(self) -> Engine | None:
-        s = self.settings
-        if not s.servers:
-            return None
-        key = s.api_key.get_secret_value() if s.api_key else None
-        self.pool = EnginePool(
-            [
-                VllmEngine(
-                    server,
-                    model=s.model,
-                    api_key=key,
-                    timeout_s=s.request_timeout_s,
-                    max_connections=s.server_cap,
-                )
-                for server in s.servers
-            ],
-            s.server_cap,
-        )
-        return (
-            SiblingEngine(self.pool, max_merge=s.max_siblings) if s.max_siblings > 1 else self.pool
-        )
 
     async def _work(self, client: Any, url: str, readers: list[Any]) -> int:
         follower = self._follower
@@ -487,6 +473,9 @@ class Worker:
         left = self._active()
         for _, task in list(self._alive.values()):
             task.cancel()
+        if self.parking is not None:
+            # Before the leases: whoever takes one up reads what is parked.
+            await self.parking.flush(PARK_S)
         for (partition, route), entries in left.items():
             leases = self.outboxes[partition].leases
             back = await retry(

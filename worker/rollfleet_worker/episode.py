@@ -26,8 +26,9 @@ from rollfleet_common.leases import Failure
 from rollfleet_common.messages import Claim, Header, Kind, PolicyVersion, Sample
 from rollfleet_common.streams import Delivery
 from rollfleet_common.validate import check_samples
-from rollfleet_worker.inference.engine import Engine, Sampling
+from rollfleet_worker.inference.engine import Completes, Sampling, TextEngine
 from rollfleet_worker.metrics import Metrics
+from rollfleet_worker.progress import Progress
 from rollfleet_worker.rewards.base import RewardPool
 from rollfleet_worker.workflows.base import Context, Workflow
 
@@ -42,7 +43,8 @@ class Episodes:
         *,
         worker: str,
         workflows: Mapping[str, Workflow],
-        engine: Engine | None,
+        engine: Completes | None,
+        text: TextEngine | None = None,
         rewards: RewardPool,
         sampling: Sampling,
         timeout_s: float,
@@ -52,16 +54,26 @@ class Episodes:
         self.worker = worker
         self.workflows = workflows
         self.engine = engine
+        self.text = text
         self.rewards = rewards
         self.sampling = sampling
         self.timeout_s = timeout_s
         self.max_rollout_bytes = max_rollout_bytes
         self.metrics = metrics
 
-    async def run(self, claim: Claim, policy: PolicyVersion) -> Delivery | Failure:
-        """Run the workflow of the claim's route; returns what to deliver, or why there is nothing."""
+    async def run(
+        self, claim: Claim, policy: PolicyVersion, progress: Progress | None = None
+    ) -> Delivery | Failure:
+        """Run the workflow of the claim's route; returns what to deliver, or why there is nothing.
+
+        Args:
+            claim: Which sample.
+            policy: What the board says now.
+            progress: What is parked of it; None: nothing is, nor will be.
+        """
         began = time.time()
-        context = Context(claim, policy.version, self.engine, self.sampling, self.rewards)
+        engine = self.engine if progress is None else progress
+        context = Context(claim, policy.version, engine, self.sampling, self.rewards, self.text)
         where = f"group {claim.prompt.group} #{claim.index} on {self.worker}"
         try:
             samples = await self._samples(claim, context, where)

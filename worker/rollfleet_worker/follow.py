@@ -2,11 +2,12 @@
 
 - Whatever is missed by the read (a cut connection, a trimmed entry) the poll catches up with.
 - Before a trainer has opened the run there is no board; workers wait for it, and say so.
+- Which inference servers there are, and what they were refitted to, is read with every look.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -15,8 +16,12 @@ from redis.exceptions import ResponseError
 from rollfleet_common.board import Board, Shape
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.redis import is_transient, retry
+from rollfleet_common.servers import Server, Servers, ServerWeights
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "OnServers"]
+
+#: Told the registered servers, what the trainer wrote of weights, and the board; after every look.
+OnServers = Callable[[Mapping[str, Server], Mapping[str, ServerWeights], PolicyVersion], None]
 
 log = structlog.get_logger("rollfleet.worker")
 
@@ -36,8 +41,10 @@ class Follower:
         on_wait: Callable[[Exception, float], None],
         on_answer: Callable[[], None],
         on_change: Callable[[PolicyVersion], None],
+        on_servers: OnServers,
     ) -> None:
         self.board = board
+        self.servers = Servers(board.client, board.keys)
         self.reader = reader
         self.policy = PolicyVersion(NO_VERSION, 0)
         self.shape: Shape | None = None
@@ -45,6 +52,7 @@ class Follower:
         self._on_wait = on_wait
         self._on_answer = on_answer
         self._on_change = on_change
+        self._on_servers = on_servers
 
     @property
     def paused(self) -> bool:
@@ -66,6 +74,8 @@ class Follower:
 
     async def _read(self) -> None:
         found = await self.board.read()
+        # After the board: a row may be newer than it, and is not taken for one of a lost history.
+        servers, weights = await self.servers.read()
         self._on_answer()
         if found is None:
             return
@@ -76,6 +86,7 @@ class Follower:
             )
         changed = policy != self.policy
         self.policy, self.shape = policy, shape
+        self._on_servers(servers, weights, policy)
         if changed:
             self._on_change(policy)
         self.opened.set()

@@ -45,6 +45,23 @@ class Metrics:
             "rollfleet_redis_disruptions", "Times that Redis could not be reached.", registry=r
         )
         self.garbage = Counter("rollfleet_garbage", "Stream entries nobody can read.", registry=r)
+        self.disagreed = Counter(
+            "rollfleet_version_disagreements",
+            "Times that a server held other weights than it was refitted to.",
+            registry=r,
+        )
+        self.resumed_tokens = Counter(
+            "rollfleet_resumed_tokens",
+            "Tokens that generations went on from instead of making them again, after a cut or parked.",
+            ["after"],
+            registry=r,
+        )
+        self.parked = Counter(
+            "rollfleet_parked",
+            "Generations parked in Redis and found there, by what became of them.",
+            ["outcome"],
+            registry=r,
+        )
         self.slots = Gauge("rollfleet_slots", "Episodes that may run at once.", registry=r)
         self.busy = Gauge("rollfleet_slots_busy", "Episodes that run.", registry=r)
         self.outbox_bytes = Gauge(

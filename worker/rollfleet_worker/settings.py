@@ -10,7 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
+from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import check_name
+from rollfleet_common.servers import server_name, server_url
 from rollfleet_common.settings import Name, Settings
 from rollfleet_common.units import Bytes, Listed, Seconds
 
@@ -52,11 +54,11 @@ def _workflows(table: dict[str, str]) -> dict[str, str]:
 
 
 def _servers(urls: list[str]) -> list[str]:
-    bare = [url.rstrip("/") for url in urls]
-    for url in bare:
-        if not re.match(r"https?://[^/\s]+", url):
-            raise ValueError("every server should be a URL such as http://10.0.0.7:8000")
-    if len(set(bare)) < len(bare):
+    try:
+        bare = [server_url(url) for url in urls]
+    except SettingsError as exc:
+        raise ValueError(str(exc)) from None
+    if len(set(map(server_name, bare))) < len(bare):
         raise ValueError("names a server twice")
     return bare
 
@@ -90,8 +92,12 @@ class WorkerSettings(Settings):
 
     servers: Annotated[list[str], Listed, AfterValidator(_servers)] = Field(
         default_factory=list,
-        description="URL of an inference server; none is needed by workflows that call no model.",
+        description="URL of an inference server, beside those that `rollfleet server add` registers; "
+        "none is needed by workflows that call no model.",
         json_schema_extra={"flag": "server", "metavar": "URL"},
+    )
+    engine: Literal["auto", "vllm", "sglang", "openai"] = Field(
+        "auto", description="What the servers of --server run; auto asks each of them."
     )
     model: str | None = Field(
         None, description="Name of the model in requests; the server's only one if not given."
@@ -101,14 +107,41 @@ class WorkerSettings(Settings):
         description="Bearer token for the inference servers; best given as a variable, because "
         "flags are seen by everyone on the host.",
     )
-    server_cap: int = Field(256, ge=1, description="Requests at once that one server is sent.")
+    server_cap: int = Field(
+        256, ge=1, description="Requests at once that one server is sent at most."
+    )
+    adaptive: bool = Field(
+        True,
+        description="Send a server less than server_cap while it preempts, queues or has its KV "
+        "cache full, by its own /metrics.",
+    )
+    stall_s: Seconds = Field(
+        60.0,
+        ge=0,
+        description="A server that holds requests and makes no progress for so long is out, and they "
+        "go to another; 0 turns it off.",
+    )
+    dead_s: Seconds = Field(
+        300.0, gt=0, description="A server that has not answered for so long is asked seldom."
+    )
     max_siblings: int = Field(
         8,
         ge=1,
         description="Members of one group that may share one request with n > 1; 1 turns it off.",
     )
     request_timeout_s: Seconds = Field(
-        600.0, gt=0, description="Longest wait for the answer to one request."
+        600.0, gt=0, description="Longest wait for the answer to one request: one segment."
+    )
+    segment_tokens: int = Field(
+        2048,
+        ge=0,
+        description="Tokens asked for at once; a longer generation goes on from them, so that a "
+        "server that dies takes no more with it. 0 asks for all at once.",
+    )
+    park: bool = Field(
+        False,
+        description="Keep what is done of a generation in Redis after every segment, so that the "
+        "next worker goes on from there when this one dies or is stopped.",
     )
 
     # ---- sampling, where the prompt does not say ---------------------------------------------
@@ -214,6 +247,11 @@ class WorkerSettings(Settings):
             raise ValueError(
                 f"retry_max_s ({self.retry_max_s:g}) is less than retry_base_s "
                 f"({self.retry_base_s:g}): the longest delay cannot be shorter than the first"
+            )
+        if self.park and not self.segment_tokens:
+            raise ValueError(
+                "park is on and segment_tokens is 0: generations are parked after every segment, "
+                "so a long one would never be; set segment_tokens, or turn park off"
             )
         if self.buffer_bytes < self.max_rollout_bytes:
             raise ValueError(

@@ -8,21 +8,22 @@
 - Messages quote the server shortly, and never hold the API key or a password from the URL.
 """
 
-import importlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
+import orjson
 from yarl import URL
 
 from rollfleet_common.errors import (
     EngineProtocolError,
     EngineRefusedError,
     EngineUnavailableError,
+    OverloadedError,
     SettingsError,
 )
 
@@ -39,28 +40,8 @@ _ADVICE = {
 }
 
 
-class OverloadedError(EngineUnavailableError):
-    """An inference server asks to be left alone for a while (429, or 503 with Retry-After)."""
-
-    #: How long the server asked for, in seconds; 0.0 if it did not say.
-    retry_after_s: float
-
-    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-def _json_codec() -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
-    """The fastest JSON at hand: orjson where it is installed, else the standard library's."""
-    try:
-        orjson = importlib.import_module("orjson")
-    except ImportError:
-        encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
-        return lambda value: encoder.encode(value).encode(), json.loads
-    return orjson.dumps, orjson.loads
-
-
-_dumps, _loads = _json_codec()
+#: orjson writes null for NaN; a request that holds one must not leave.
+_encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +87,27 @@ class Reply:
             )
         raise EngineProtocolError(said)
 
+    def parsed(self) -> Any:
+        """The JSON value in the body.
+
+        Raises:
+            EngineProtocolError: The body is no JSON: HTML, cut short, ...
+        """
+        try:
+            return orjson.loads(self.body)
+        except (ValueError, RecursionError) as exc:
+            raise EngineProtocolError(
+                f"{self.where} answered {self.status} with {self.content_type or 'no type'} that is "
+                f"no JSON ({type(exc).__name__}, {len(self.body)} bytes): {self.quoted}"
+            ) from exc
+
     def json(self) -> dict[str, Any]:
         """The JSON object in the body.
 
         Raises:
             EngineProtocolError: The body is no JSON object: HTML, cut short, a list, ...
         """
-        try:
-            value = _loads(self.body)
-        except (ValueError, RecursionError) as exc:
-            raise EngineProtocolError(
-                f"{self.where} answered {self.status} with {self.content_type or 'no type'} that is "
-                f"no JSON ({type(exc).__name__}, {len(self.body)} bytes): {self.quoted}"
-            ) from exc
+        value = self.parsed()
         if not isinstance(value, dict):
             raise EngineProtocolError(
                 f"{self.where}: expected a JSON object, got {type(value).__name__}: {self.quoted}"
@@ -195,7 +184,7 @@ class HttpClient:
             EngineRefusedError: `payload` cannot be JSON.
         """
         try:
-            body = _dumps(payload)
+            body = _encoder.encode(payload).encode()
         except (TypeError, ValueError, RecursionError) as exc:
             raise EngineRefusedError(f"a request for {self.name} cannot be JSON: {exc}") from exc
         return await self._exchange("POST", path, body, headers or {}, timeout_s)

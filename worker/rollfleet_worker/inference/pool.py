@@ -1,119 +1,71 @@
-"""Many inference servers as one engine: sticky, capped, and without those that are failing.
+"""Many inference servers as one engine: added and removed at run time, capped, and without the bad ones.
 
-A server's state moves only along these arrows:
-
-    SERVING --failure--> SUSPECT --backoff over, ready()--> TRIAL --success, or trial_s--> SERVING
-                            ^                                 |
-                            +------------failure--------------+
-
-- Members of a group reach the server that holds their prefix (rendezvous hashing on the affinity
-  key), unless it is full or out; then the least loaded one.
-- No server ever has more completions in flight than `per_server_cap`, and one on TRIAL fewer, so
-  that a recovered server is not met by the whole crowd that waited for it.
-- A failing server is out for a backoff with full jitter that doubles until a call succeeds there:
-  a server whose health route is fine while its generations fail does not flap.
-- Waiting is first come, first served, and woken by events; nothing polls.
+- Which servers there are: those it was made with, and those that are registered; `states.py` draws
+  how each of them moves, `routing.py` says who gets which, `breaker.py` how they go out and come back.
+- A request carries the version that the fleet last refitted its server to (`Request.serves`); a server
+  that turns out to hold older weights is out until the trainer writes of it again.
+- A call that fails goes to another server, a few times; one on a server that hangs, too.
+- How much a server gets follows its own signals, between a floor and `per_server_cap`.
 """
 
 import asyncio
-import random
 import time
-from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
-from hashlib import blake2b
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import structlog
 
 from rollfleet_common.errors import (
     EngineProtocolError,
+    EngineRefusedError,
     EngineUnavailableError,
     SettingsError,
+    StaleServerError,
 )
-from rollfleet_common.messages import NO_VERSION
-from rollfleet_worker.inference.engine import Engine, Generation, Request
-from rollfleet_worker.inference.http import OverloadedError
+from rollfleet_common.messages import NO_VERSION, PolicyVersion
+from rollfleet_common.servers import Server, ServerWeights, server_name
+from rollfleet_worker.inference.breaker import Breaker, Patience
+from rollfleet_worker.inference.engine import (
+    Generation,
+    NamedEngine,
+    Request,
+    Sampling,
+    TextAnswer,
+)
+from rollfleet_worker.inference.gate import stand_of
+from rollfleet_worker.inference.limiter import Limiter
+from rollfleet_worker.inference.members import Member, ServerStatus
+from rollfleet_worker.inference.monitor import Monitor
+from rollfleet_worker.inference.routing import Router, Wanted
+from rollfleet_worker.inference.states import COMING, Event, ServerState
+from rollfleet_worker.inference.watch import Watching, watch
 
 __all__ = ["EnginePool", "NamedEngine", "ServerState", "ServerStatus"]
 
+log = structlog.get_logger("rollfleet.worker")
 
-class NamedEngine(Engine, Protocol):
-    """An engine that says which server it is, and what it serves."""
-
-    @property
-    def name(self) -> str:
-        """Unique in a pool."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """Version that the server was last seen to serve; NO_VERSION if unknown."""
-        ...
-
-
-class ServerState(StrEnum):
-    """Where a server stands; the module's docstring draws the moves."""
-
-    SERVING = "serving"
-    SUSPECT = "suspect"
-    TRIAL = "trial"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStatus:
-    """What a pool knows of one server."""
-
-    name: str
-    state: ServerState
-    #: Completions in flight.
-    in_flight: int
-    #: The last failure, in one line; "" if there was none.
-    last_error: str
-    #: Version that it was last seen to serve; NO_VERSION if unknown.
-    version: int = NO_VERSION
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    engine: NamedEngine
-    digest: bytes
-    state: ServerState = ServerState.SERVING
-    in_flight: int = 0
-    last_error: str = ""
-    #: Ejections since the last success: the exponent of the backoff.
-    failures: int = 0
-    #: Unusable answers in a row.
-    unusable: int = 0
-    #: Grows with every ejection, so that calls begun before it cannot eject a recovered server.
-    life: int = 0
-    revival: "asyncio.Task[None] | None" = None
-    promotion: asyncio.TimerHandle | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    affinity: str
-    units: int
-    avoid: _Member | None
-    turn: "asyncio.Future[_Member]" = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+T = TypeVar("T")
 
 
 class EnginePool:
     """Engines behind one engine.
 
     Args:
-        engines: The servers; their names must differ. Closed with the pool.
-        per_server_cap: Completions in flight on one server; a call with n counts n.
+        engines: The servers that stay; their names must differ. Closed with the pool.
+        per_server_cap: Completions in flight on one server at most; a call with n counts n.
+        make: Makes the client of a registered server from its URL and engine; None: only
+            `engines`.
+        monitor: Makes the side door of a server from its name; None: servers are not watched, and
+            limits stay at the cap.
+        adaptive: Whether limits follow what servers say of themselves.
+        stall_s: After so long without progress a server hangs; 0.0: never.
+        poll_s: Between two looks at a busy server.
         tries: How many times one call is made, each on the best server at hand.
         wait_s: How long a call waits while every server is out, before it fails.
-        backoff_s: Mean of twice the first pause of a failing server; doubles per failure.
-        max_backoff_s: The longest pause.
-        probe_s: How long a ready() may take.
-        trial_s: How long a recovered server is on trial if no call succeeds earlier.
         unusable_limit: How many unusable answers in a row put a server out.
+        patience: Of probes, pauses and trials.
+        disagreed: Told of every server that was found to hold other weights than it should.
         seed: Of the jitter, for tests.
 
     Raises:
@@ -125,46 +77,158 @@ class EnginePool:
         engines: Sequence[NamedEngine],
         per_server_cap: int = 256,
         *,
+        make: Callable[[str, str], NamedEngine] | None = None,
+        monitor: Callable[[str], Monitor] | None = None,
+        adaptive: bool = True,
+        stall_s: float = 60.0,
+        poll_s: float = 1.0,
         tries: int = 3,
         wait_s: float = 30.0,
-        backoff_s: float = 0.5,
-        max_backoff_s: float = 30.0,
-        probe_s: float = 5.0,
-        trial_s: float = 5.0,
         unusable_limit: int = 3,
+        patience: Patience | None = None,
+        disagreed: Callable[[], None] | None = None,
         seed: int | None = None,
     ) -> None:
+        patience = patience or Patience()
         names = [engine.name for engine in engines]
-        if not names or len(set(names)) < len(names):
+        if not (names or make) or len(set(names)) < len(names):
             raise SettingsError(f"a pool needs servers with different names, got {names}")
         if per_server_cap < 1 or tries < 1 or unusable_limit < 1:
             raise SettingsError("per_server_cap, tries and unusable_limit must be at least 1")
-        if not 0.0 < backoff_s <= max_backoff_s:
-            raise SettingsError(f"backoff_s {backoff_s} must be within 0 .. {max_backoff_s}")
-        self._members = [
-            _Member(engine, blake2b(engine.name.encode(), digest_size=16).digest())
-            for engine in engines
-        ]
+        if not 0.0 < patience.backoff_s <= patience.max_backoff_s:
+            raise SettingsError(
+                f"backoff_s {patience.backoff_s} must be within 0 .. {patience.max_backoff_s}"
+            )
         self._cap = per_server_cap
+        self._make = make
+        self._monitor = monitor
+        self._adaptive = adaptive
         self._tries = tries
-        self._wait_s = wait_s
-        self._backoff_s = backoff_s
-        self._max_backoff_s = max_backoff_s
-        self._probe_s = probe_s
-        self._trial_s = trial_s
         self._unusable_limit = unusable_limit
-        self._random = random.Random(seed)
-        self._waiters: deque[_Waiter] = deque()
-        #: Since when every server is out, on the monotonic clock; None while one is not.
-        self._out_since_s: float | None = None
-        self._closed = False
+        self._disagreed = disagreed
+        self._members: dict[str, Member] = {}
+        #: Removed, and not idle yet.
+        self._leaving: set[Member] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._weights: Mapping[str, ServerWeights] = {}
+        self._policy = PolicyVersion(NO_VERSION, 0)
+        self._router = Router(self._members, wait_s)
+        self._breaker = Breaker(patience, self._router.changed, self._left, seed)
+        self._watching = Watching(
+            poll_s, stall_s, self._breaker.probe, self._router.serve, self._stalled
+        )
+        #: Whether anybody ever asked for a generation: then to have no server is a want.
+        self.asked = False
+        for engine in engines:
+            self._add(engine)
+        self._router.changed()
+
+    # ---- which servers -----------------------------------------------------------------------
 
     def states(self) -> list[ServerStatus]:
-        """How every server stands, in the order given."""
-        return [
-            ServerStatus(m.engine.name, m.state, m.in_flight, m.last_error, m.engine.version)
-            for m in self._members
-        ]
+        """How every server stands, in the order in which they came."""
+        return [member.status() for member in self._members.values()]
+
+    @property
+    def version(self) -> int:
+        """The board's version, as it was last told."""
+        return self._policy.version
+
+    @property
+    def out(self) -> bool:
+        """Whether no server is in, or will be in a moment."""
+        return not any(m.state in COMING for m in self._members.values())
+
+    def apply(
+        self,
+        servers: Mapping[str, Server],
+        weights: Mapping[str, ServerWeights],
+        policy: PolicyVersion,
+    ) -> None:
+        """Take in the registry, what the trainer wrote of weights, and the board; idempotent."""
+        self._weights = {server_name(url): row for url, row in weights.items()}
+        self._policy = policy
+        for name, server in servers.items():
+            self._register(name, server)
+        for name, member in list(self._members.items()):
+            if name not in servers and not member.static:
+                self._breaker.move(member, Event.REMOVE)
+            elif name not in servers or not servers[name].draining:
+                self._breaker.move(member, Event.UNDRAIN)
+            else:
+                self._breaker.move(member, Event.DRAIN)
+        for member in list(self._members.values()):
+            self._restand(member)
+
+    def _register(self, name: str, server: Server) -> None:
+        member = self._members.get(name)
+        if member is not None and not member.static and member.kind != server.engine:
+            self._breaker.move(member, Event.REMOVE)
+            member = None
+        if member is None and self._make is not None and not self._breaker.closed:
+            try:
+                self._add(self._make(server.url, server.engine), static=False, kind=server.engine)
+            except SettingsError as exc:
+                log.warning("a registered server cannot be used", server=name, error=str(exc))
+
+    def _add(self, engine: NamedEngine, *, static: bool = True, kind: str = "auto") -> None:
+        monitor = None if self._monitor is None else self._monitor(engine.name)
+        limiter = Limiter(self._cap, adaptive=self._adaptive)
+        self._members[engine.name] = Member(engine, limiter, monitor, static, kind)
+
+    def _left(self, member: Member) -> None:
+        """A server was removed: it goes when it is idle."""
+        del self._members[member.name]
+        member.timers()
+        self._leaving.add(member)
+        self._bury(member)
+
+    def _bury(self, member: Member) -> None:
+        if member in self._leaving and not member.in_flight:
+            self._leaving.discard(member)
+            task = asyncio.create_task(_close(member))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    # ---- what they may serve -----------------------------------------------------------------
+
+    def _restand(self, member: Member) -> None:
+        """Judge `member` by the newest that is known."""
+        if member.recheck is not None:
+            member.recheck.cancel()
+            member.recheck = None
+        now_ms = time.time() * 1000
+        stand = stand_of(
+            self._weights.get(member.name),
+            # A server that was just registered waits for its first weights, also if it is the first.
+            gated=bool(self._weights) or (self._policy.refits and not member.static),
+            policy=self._policy,
+            now_ms=now_ms,
+            belied=member.belied,
+            belied_by=member.belied_by,
+        )
+        member.stand = stand
+        if stand.event is Event.REFIT and stand.row is not None:
+            # The follower may be cut off from Redis when the refit's time is over.
+            left_s = max(stand.row.until_ms - now_ms, 0.0) / 1000 + 0.001
+            loop = asyncio.get_running_loop()
+            member.recheck = loop.call_later(left_s, self._restand, member)
+        self._breaker.restand(member)
+
+    def _belie(
+        self, member: Member, row: ServerWeights | None, life: int, error: StaleServerError
+    ) -> None:
+        """`member` does not hold the weights that `row` says."""
+        if self._disagreed is not None:
+            self._disagreed()
+        if row is None:
+            self._breaker.eject(member, life, error)
+        elif row == self._weights.get(member.name):
+            member.belied, member.belied_by = row, str(error)
+            member.last_error = str(error)
+            self._restand(member)
+
+    # ---- calls -------------------------------------------------------------------------------
 
     async def generate(self, request: Request, n: int = 1) -> Sequence[Generation]:
         """Make `n` completions on one server, and on another one if that fails; see `Engine`.
@@ -174,15 +238,68 @@ class EnginePool:
             EngineProtocolError: A server answered something unusable; not tried again here.
             EngineRefusedError: A server refused the request itself; not tried again.
         """
-        units = min(n, self._cap)
-        failed: _Member | None = None
+
+        async def ask(member: Member) -> Sequence[Generation]:
+            serves, model = member.stand.serves, member.stand.model
+            if (serves, model) == (request.serves, request.model):
+                return await member.engine.generate(request, n)
+            mine = replace(request, serves=serves, model=model)
+            return await member.engine.generate(mine, n)
+
+        return await self._served(
+            request.affinity, min(n, self._cap), ask, not_before=request.not_before
+        )
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling,
+        affinity: str = "",
+    ) -> TextAnswer:
+        """What a server's model says next; chosen, gated and tried again like a generation.
+
+        Raises:
+            EngineUnavailableError, EngineProtocolError, EngineRefusedError: As `generate`; refused,
+                too, by a server whose client has no text face.
+        """
+
+        async def ask(member: Member) -> TextAnswer:
+            chat = getattr(member.engine, "chat", None)
+            if chat is None:
+                raise EngineRefusedError(f"the client of {member.name} has no chat")
+            answer: TextAnswer = await chat(messages, sampling)
+            return answer
+
+        return await self._served(affinity, 1, ask)
+
+    async def _served(
+        self,
+        affinity: str,
+        units: int,
+        ask: Callable[[Member], Awaitable[T]],
+        *,
+        not_before: int = NO_VERSION,
+    ) -> T:
+        failed: Member | None = None
         for left in reversed(range(self._tries)):
-            member = await self._acquire(request.affinity, units, failed)
-            life = member.life
+            member = await self._acquire(Wanted(affinity, units, failed, not_before))
+            life, row = member.life, member.stand.row
             try:
-                made = await member.engine.generate(request, n)
+                made = await self._call(member, ask)
+            except StaleServerError as exc:
+                log.warning(
+                    "a server holds other weights than it should",
+                    server=member.name,
+                    serves=exc.serves,
+                    found=exc.found,
+                    group=affinity,
+                )
+                self._belie(member, row, life, exc)
+                if not left:
+                    raise
+                failed = member
             except EngineUnavailableError as exc:
-                self._eject(member, life, exc)
+                self._breaker.eject(member, life, exc)
                 if not left:
                     raise
                 failed = member
@@ -190,18 +307,59 @@ class EnginePool:
                 member.unusable += 1
                 member.last_error = str(exc)
                 if member.unusable >= self._unusable_limit:
-                    self._eject(member, life, exc)
+                    self._breaker.eject(member, life, exc)
                 raise
             else:
-                self._succeed(member, life)
+                self._breaker.succeed(member, life)
                 return made
             finally:
-                self._release(member, units)
+                self._router.release(member, units)
+                self._bury(member)
         raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _acquire(self, wanted: Wanted) -> Member:
+        if self._breaker.closed:
+            raise EngineUnavailableError("the server pool is closed")
+        if not self.asked:
+            # Nobody may ever tell of a registry: then the first call begins it.
+            self.asked = True
+            for member in self._members.values():
+                self._breaker.restand(member)
+        member = await self._router.acquire(wanted)
+        if member.watcher is None and member.monitor is not None:
+            member.watcher = asyncio.create_task(watch(member, self._watching))
+        return member
+
+    async def _call(self, member: Member, ask: Callable[[Member], Awaitable[T]]) -> T:
+        """One try; ended from outside if the server hangs."""
+        deadline = asyncio.timeout(None)
+        try:
+            async with deadline:
+                member.calls.add(deadline)
+                try:
+                    return await ask(member)
+                finally:
+                    member.calls.discard(deadline)
+        except TimeoutError as exc:
+            if not deadline.expired():
+                raise
+            raise EngineUnavailableError(member.last_error) from exc
+
+    def _stalled(self, member: Member, error: EngineUnavailableError) -> None:
+        """Put a server out that hangs, and send what it holds elsewhere."""
+        log.warning("a server hangs", server=member.name, error=str(error))
+        member.hung = True
+        self._breaker.eject(member, member.life, error)
+        now_s = asyncio.get_running_loop().time()
+        for deadline in tuple(member.calls):
+            if not deadline.expired():
+                deadline.reschedule(now_s)
+
+    # ---- its own life ------------------------------------------------------------------------
 
     async def ready(self) -> bool:
         """Whether at least one server answers now."""
-        probes = [asyncio.ensure_future(self._probe(member)) for member in self._members]
+        probes = [asyncio.ensure_future(self._breaker.probe(m)) for m in self._members.values()]
         try:
             for probe in asyncio.as_completed(probes):
                 if not await probe:
@@ -213,163 +371,18 @@ class EnginePool:
         return False
 
     async def close(self) -> None:
-        """Stop probing, fail those who wait, and close every engine. Idempotent."""
-        self._closed = True
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.turn.done():
-                waiter.turn.set_exception(EngineUnavailableError("the server pool was closed"))
-        revivals = [member.revival for member in self._members if member.revival is not None]
-        for member in self._members:
-            if member.promotion is not None:
-                member.promotion.cancel()
-        for task in revivals:
-            task.cancel()
-        await asyncio.gather(*revivals, return_exceptions=True)
-        for member in self._members:
-            await member.engine.close()
-
-    # Who gets which server.
-
-    async def _acquire(self, affinity: str, units: int, avoid: _Member | None) -> _Member:
-        if self._closed:
-            raise EngineUnavailableError("the server pool is closed")
-        member = None if self._waiters else self._pick(affinity, units, avoid)
-        if member is not None:
-            member.in_flight += units
-            return member
-        waiter = _Waiter(affinity, units, avoid)
-        self._waiters.append(waiter)
-        try:
-            return await self._wait(waiter)
-        except BaseException:
-            if waiter.turn.done() and not waiter.turn.cancelled() and not waiter.turn.exception():
-                self._release(waiter.turn.result(), units)
-            elif not waiter.turn.done():
-                with suppress(ValueError):
-                    self._waiters.remove(waiter)
-                # It may have stood before others that fit.
-                self._serve_waiters()
-            raise
-
-    async def _wait(self, waiter: _Waiter) -> _Member:
-        began_s = time.monotonic()
-        while not waiter.turn.done():
-            await asyncio.wait({waiter.turn}, timeout=self._patience_s(began_s))
-            if not waiter.turn.done() and self._patience_s(began_s) <= 0.0:
-                raise EngineUnavailableError(self._why_none())
-        return waiter.turn.result()
-
-    def _patience_s(self, began_s: float) -> float:
-        """How much longer to wait; while any server is in, waiting is mere backpressure."""
-        if self._out_since_s is None:
-            return max(self._wait_s, 0.001)
-        return max(self._out_since_s, began_s) + self._wait_s - time.monotonic()
-
-    def _pick(self, affinity: str, units: int, avoid: _Member | None) -> _Member | None:
-        """The best server with room for `units` now."""
-        free = [m for m in self._members if self._limit(m) >= m.in_flight + units]
-        if avoid is not None and len(free) > 1:
-            free = [m for m in free if m is not avoid]
-        if not free:
-            return None
-        rest = [m for m in self._members if m is not avoid or len(self._members) == 1]
-        favourite = max(rest, key=lambda m: _weight(m, affinity))
-        if favourite in free:
-            return favourite
-        return max(free, key=lambda m: (-m.in_flight, _weight(m, affinity)))
-
-    def _limit(self, member: _Member) -> int:
-        if member.state is ServerState.SUSPECT:
-            return 0
-        if member.state is ServerState.TRIAL:
-            # A call larger than the trial's share may go when nothing else is in flight.
-            return max(self._cap // 8, 1) if member.in_flight else self._cap
-        return self._cap
-
-    def _release(self, member: _Member, units: int) -> None:
-        member.in_flight -= units
-        self._serve_waiters()
-
-    def _serve_waiters(self) -> None:
-        """Give free places to those who wait, in their order."""
-        while self._waiters:
-            waiter = self._waiters[0]
-            if not waiter.turn.done():
-                member = self._pick(waiter.affinity, waiter.units, waiter.avoid)
-                if member is None:
-                    return
-                member.in_flight += waiter.units
-                waiter.turn.set_result(member)
-            self._waiters.popleft()
-
-    def _why_none(self) -> str:
-        said = "; ".join(f"{m.engine.name}: {m.last_error or m.state}" for m in self._members)
-        return f"no inference server was available for {self._wait_s:g} s ({said})"
-
-    # How servers go out and come back.
-
-    def _succeed(self, member: _Member, life: int) -> None:
-        if life == member.life:
-            member.failures = member.unusable = 0
-            self._promote(member)
-
-    def _eject(self, member: _Member, life: int, error: Exception) -> None:
-        member.last_error = str(error)
-        if life != member.life or member.state is ServerState.SUSPECT or self._closed:
-            return
-        member.life += 1
-        member.failures += 1
-        member.unusable = 0
-        self._enter(member, ServerState.SUSPECT)
-        asked_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
-        member.revival = asyncio.create_task(self._revive(member, asked_s))
-
-    def _enter(self, member: _Member, state: ServerState) -> None:
-        member.state = state
-        if member.promotion is not None:
-            member.promotion.cancel()
-            member.promotion = None
-        if any(m.state is not ServerState.SUSPECT for m in self._members):
-            self._out_since_s = None
-        elif self._out_since_s is None:
-            self._out_since_s = time.monotonic()
-
-    async def _revive(self, member: _Member, asked_s: float) -> None:
-        """Wait, probe, and let `member` in again; over and over."""
-        while True:
-            ceiling_s = min(self._backoff_s * 2.0 ** min(member.failures, 30), self._max_backoff_s)
-            pause_s = self._random.uniform(0.0, ceiling_s)
-            await asyncio.sleep(max(pause_s, min(asked_s, self._max_backoff_s)))
-            asked_s = 0.0
-            said = await self._probe(member)
-            if not said:
-                break
-            member.last_error = member.last_error or said
-            member.failures += 1
-        member.revival = None
-        self._enter(member, ServerState.TRIAL)
-        loop = asyncio.get_running_loop()
-        member.promotion = loop.call_later(self._trial_s, self._promote, member)
-        self._serve_waiters()
-
-    def _promote(self, member: _Member) -> None:
-        if member.state is ServerState.TRIAL:
-            self._enter(member, ServerState.SERVING)
-            self._serve_waiters()
-
-    async def _probe(self, member: _Member) -> str:
-        """Why `member` is not ready; "" if it is."""
-        try:
-            async with asyncio.timeout(self._probe_s):
-                return "" if await member.engine.ready() else "not ready"
-        except Exception as exc:  # noqa: BLE001 a probe that fails in any way is a no
-            return f"not ready ({type(exc).__name__}: {exc})"
+        """Stop looking, fail those who wait, and close every engine. Idempotent."""
+        self._breaker.closed = True
+        self._router.close(EngineUnavailableError("the server pool was closed"))
+        members = [*self._members.values(), *self._leaving]
+        self._leaving.clear()
+        ending = [task for member in members for task in member.timers()]
+        await asyncio.gather(*ending, *self._closing, return_exceptions=True)
+        for member in members:
+            await _close(member)
 
 
-def _weight(member: _Member, affinity: str) -> bytes:
-    """Rendezvous hashing: the server with the highest weight is the key's favourite.
-
-    Thaler and Ravishankar, 1998. When a server goes, only its own keys move.
-    """
-    return blake2b(affinity.encode(), key=member.digest, digest_size=8).digest()
+async def _close(member: Member) -> None:
+    await member.engine.close()
+    if member.monitor is not None:
+        await member.monitor.close()

@@ -1,106 +1,69 @@
 """Going on with a generation that was cut off, from the tokens it had, on what is left of its budget.
 
-- Nothing is truncated silently: the budget counts down by the tokens made, and only by those;
-  whoever gives up raises.
+- Nothing is truncated silently: the budget counts down by the tokens made, and only by those.
 - Ids, logprobs and versions stay piecewise true: every segment keeps what its server said of it.
 - Sampling that looks back on the completion (stop strings, penalties, grammars) cannot go on from
   a longer prompt as if nothing had happened; such a generation starts over instead.
-- Knows no server: any client, or a pool of them, may be what continues.
+- Knows no server, and waits for nothing: :mod:`~rollfleet_worker.inference.segments` does.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rollfleet_common.errors import EngineUnavailableError
 from rollfleet_common.messages import Float32, Int32, VersionSpans
-from rollfleet_worker.inference.engine import Generation, Request
+from rollfleet_worker.inference.engine import Generation, Request, Timings
 
-__all__ = ["ABORTED", "continue_generation", "resumable"]
+__all__ = ["ABORTED", "join", "rest", "resumable"]
 
 #: What `finish_reason` says of a generation that was cut off by the server.
 ABORTED = "abort"
 _LOOKS_BACK = frozenset(
     {
         "bad_words",
+        "ebnf",
         "frequency_penalty",
         "guided_decoding",
+        "json_schema",
         "presence_penalty",
+        "regex",
         "repetition_detection",
         "response_format",
         "stop",
+        "stop_regex",
+        "structural_tag",
         "structured_outputs",
         "thinking_token_budget",
     }
 )
-_PAUSE_S = 0.05
-_PAUSE_MAX_S = 2.0
 
 
 def resumable(extra: Mapping[str, Any]) -> bool:
     """Whether sampling with these further fields may go on from a longer prompt."""
+    # vLLM counts repetitions over prompt and completion, SGLang over the completion alone.
+    if extra.get("repetition_penalty", 1.0) != 1.0:
+        return False
     return not any(extra.get(name) for name in _LOOKS_BACK)
 
 
-async def continue_generation(
-    request: Request,
-    first: Generation,
-    ask: Callable[[Request, int], Awaitable[Generation]],
-    *,
-    max_resumes: int,
-) -> Generation:
-    """One whole completion of `request`, of which `first` is what came before it was cut off.
-
-    Args:
-        request: What was asked for originally.
-        first: A generation whose `finish_reason` is :data:`ABORTED`; it may be empty.
-        ask: Makes one completion of a request; its second argument counts segments from 1.
-        max_resumes: How many times to go on before giving up.
-
-    Returns:
-        A generation of at most ``request.sampling.max_tokens`` tokens that was not cut off.
-
-    Raises:
-        EngineUnavailableError: Cut off more than `max_resumes` times; or whatever `ask` raises.
-    """
-    segments = [first]
-    idle = 0
-    for segment in range(1, max_resumes + 1):
-        if not resumable(request.sampling.extra):
-            segments = []
-        done = sum(len(piece.token_ids) for piece in segments)
-        if done >= request.sampling.max_tokens:
-            return _join(segments, "length")
-        # A server that aborts at once would otherwise be asked again as fast as it can answer.
-        idle = 0 if segments and len(segments[-1].token_ids) else idle + 1
-        if idle > 1:
-            await asyncio.sleep(min(_PAUSE_S * 2**idle, _PAUSE_MAX_S))
-        piece = await ask(_rest(request, segments, done), segment)
-        segments.append(piece)
-        if piece.finish_reason != ABORTED:
-            return _join(segments, piece.finish_reason)
-    done = sum(len(piece.token_ids) for piece in segments)
-    raise EngineUnavailableError(
-        f"{first.server} aborted a generation {max_resumes + 1} times "
-        f"({done} of at most {request.sampling.max_tokens} tokens made)"
-    )
-
-
-def _rest(request: Request, segments: list[Generation], done: int) -> Request:
-    """What is left to ask for after `done` tokens."""
+def rest(request: Request, segments: Sequence[Generation], size: int | None = None) -> Request:
+    """What to ask for next after `segments`: `size` tokens at most, or all that are left."""
     sampling = request.sampling
+    done = sum(len(piece.token_ids) for piece in segments)
+    left = sampling.max_tokens - done if size is None else size
     extra = dict(sampling.extra)
     if extra.get("min_tokens"):
-        extra["min_tokens"] = max(0, extra["min_tokens"] - done)
+        extra["min_tokens"] = min(max(0, extra["min_tokens"] - done), left)
+    newest = [int(piece.versions.versions[-1]) for piece in segments if len(piece.token_ids)]
     return replace(
         request,
+        not_before=max([request.not_before, *newest[-1:]]),
         token_ids=np.concatenate([request.token_ids, *(piece.token_ids for piece in segments)]),
         sampling=replace(
             sampling,
-            max_tokens=sampling.max_tokens - done,
+            max_tokens=left,
             # The same seed again would replay the random numbers of the first segment.
             seed=None if sampling.seed is None else sampling.seed + done,
             extra=extra,
@@ -108,8 +71,8 @@ def _rest(request: Request, segments: list[Generation], done: int) -> Request:
     )
 
 
-def _join(segments: list[Generation], finish_reason: str) -> Generation:
-    """One generation out of its segments."""
+def join(segments: Sequence[Generation], finish_reason: str) -> Generation:
+    """One generation out of its segments, of which there is at least one."""
     runs: list[tuple[int, int]] = []
     for piece in segments:
         if not len(piece.token_ids):
@@ -125,4 +88,8 @@ def _join(segments: list[Generation], finish_reason: str) -> Generation:
         versions=VersionSpans.of(runs),
         finish_reason=finish_reason,
         server=segments[-1].server,
+        timings=Timings(
+            sum(piece.timings.total_s for piece in segments),
+            sum(piece.timings.server_s for piece in segments),
+        ),
     )

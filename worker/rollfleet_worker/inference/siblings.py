@@ -152,6 +152,7 @@ def _key(request: Request) -> Hashable | None:
         request.affinity,
         request.token_ids.tobytes(),
         request.version,
+        request.not_before,
         sampling.max_tokens,
         sampling.temperature,
         sampling.top_p,

@@ -15,10 +15,21 @@ import numpy as np
 
 from rollfleet_common.errors import DataError, EngineUnavailableError, SettingsError
 from rollfleet_common.messages import Claim, Prompt, Sample, VersionSpans
-from rollfleet_worker.inference.engine import Engine, Generation, Request, Sampling
+from rollfleet_worker.inference.engine import (
+    Completes,
+    Generation,
+    Request,
+    Sampling,
+    TextAnswer,
+    TextEngine,
+)
 from rollfleet_worker.rewards.base import Reward, RewardPool
 
 __all__ = ["Context", "Workflow", "load_workflow"]
+
+_NO_SERVERS = (
+    "this worker has no inference servers: set --server URL, or `rollfleet server add URL`"
+)
 
 
 @runtime_checkable
@@ -41,9 +52,10 @@ class Context:
         self,
         claim: Claim,
         version: int,
-        engine: Engine | None,
+        engine: Completes | None,
         sampling: Sampling,
         rewards: RewardPool,
+        text: TextEngine | None = None,
     ) -> None:
         self.claim = claim
         #: The board's version when the episode began.
@@ -54,6 +66,7 @@ class Context:
         self._engine = engine
         self._sampling = sampling
         self._rewards = rewards
+        self._text = text
 
     async def generate(self, token_ids: Sequence[int] | Any, **overrides: Any) -> Generation:
         """Sample one completion of `token_ids`; `overrides` are fields of Sampling.
@@ -65,12 +78,8 @@ class Context:
             EngineRefusedError: The server refuses this very request.
         """
         if self._engine is None:
-            raise EngineUnavailableError("this worker has no inference servers: set --server URL")
-        merged = {**self.claim.prompt.sampling, **overrides}
-        try:
-            sampling = replace(self._sampling, **merged) if merged else self._sampling
-        except TypeError as exc:
-            raise DataError(f"sampling parameters {sorted(merged)}: {exc}") from exc
+            raise EngineUnavailableError(_NO_SERVERS)
+        sampling = self._sampled({**self.claim.prompt.sampling, **overrides})
         began = time.perf_counter()
         try:
             (generation,) = await self._engine.generate(
@@ -85,6 +94,26 @@ class Context:
             self.generate_s += time.perf_counter() - began
         self.server = generation.server
         return generation
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **overrides: Any) -> TextAnswer:
+        """What the servers' model says next in a conversation; text only, never trained on.
+
+        For judges and simulated users on the fleet's own servers; `overrides` are fields of Sampling
+        on top of the worker's, the prompt's not among them.
+
+        Raises:
+            EngineUnavailableError, EngineProtocolError: After the pool has tried other servers.
+            EngineRefusedError: The server refuses this very request, or has no chat.
+        """
+        if self._text is None:
+            raise EngineUnavailableError(_NO_SERVERS)
+        return await self._text.chat(messages, self._sampled(overrides))
+
+    def _sampled(self, fields: Mapping[str, Any]) -> Sampling:
+        try:
+            return replace(self._sampling, **fields) if fields else self._sampling
+        except TypeError as exc:
+            raise DataError(f"sampling parameters {sorted(fields)}: {exc}") from exc
 
     async def score(
         self, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any

@@ -25,6 +25,8 @@ class SingleTurn:
     """
 
     reward_timeout_s: ClassVar[float | None] = None
+    #: A worker that knows no inference server claims no prompts for it.
+    needs_server: ClassVar[bool] = True
 
     @staticmethod
     def reward(

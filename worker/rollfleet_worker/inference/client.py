@@ -1,0 +1,319 @@
+"""What the clients of all engines have in common; what differs is one exchange with the server.
+
+- A generation goes one way into the fleet, through `ServerClient._judged`: ids, logprobs and spans
+  that do not fit, more tokens than asked for, none at all, or weights older than the fleet gave
+  this server are errors, whatever the engine.
+- Versions: the server's word for each token; else the older of its word for itself before and
+  after; else what the fleet last gave it; else the pinned version of the request.
+- A server's word that it never was refitted ("default") is `base_version`, else the pinned
+  version; where the fleet did refit it, it has lost those weights (`StaleServerError`).
+- A generation that the server cut off is handed back as it is, its `finish_reason` ABORTED: one
+  place goes on with it, :class:`~rollfleet_worker.inference.segments.Resumer`, on any server.
+"""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypedDict, TypeVar
+from urllib.parse import quote
+
+from rollfleet_common.errors import (
+    EngineProtocolError,
+    EngineRefusedError,
+    EngineUnavailableError,
+    InfraError,
+    StaleServerError,
+)
+from rollfleet_common.messages import NO_VERSION, VersionSpans
+from rollfleet_worker.inference.answers import logprob_array, span_array, token_array
+from rollfleet_worker.inference.chat import Chat
+from rollfleet_worker.inference.engine import (
+    Generation,
+    Request,
+    Sampling,
+    TextAnswer,
+    Timings,
+)
+from rollfleet_worker.inference.http import HttpClient
+from rollfleet_worker.inference.resume import ABORTED
+from rollfleet_worker.inference.weights import WeightInfo
+
+__all__ = ["ClientOptions", "Said", "ServerClient", "affinity_header", "all_of", "refuse_reserved"]
+
+#: Below this servers sample greedily, and vLLM then refuses n > 1.
+_GREEDY = 1e-5
+_PROBE_S = 5.0
+
+_T = TypeVar("_T")
+
+
+class ClientOptions(TypedDict, total=False):
+    """Keyword arguments of every client; see :class:`ServerClient`."""
+
+    model: str | None
+    api_key: str | None
+    timeout_s: float
+    connect_timeout_s: float
+    max_connections: int
+    base_version: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One completion as a server said it, nothing checked yet."""
+
+    token_ids: Any
+    logprobs: Any
+    #: Spans of versions over the tokens; None: the server does not tell.
+    spans: Any
+    #: One of the words that `Generation.finish_reason` knows, or ABORTED.
+    finish_reason: str
+    #: What the server says of how long it took; 0.0: nothing.
+    server_s: float = 0.0
+
+
+class ServerClient(ABC):
+    """One server.
+
+    Args:
+        url: ``http://host:port``; a trailing ``/v1`` is ignored.
+        model: As the server names it; None: whatever it serves.
+        api_key: Sent as a bearer token.
+        timeout_s: For one request; a generation that takes longer counts as a failing server.
+        connect_timeout_s: For opening a connection.
+        max_connections: Requests in flight at most; further ones wait.
+        base_version: Version of the weights that the server starts with; None: the pinned one.
+
+    Raises:
+        SettingsError: A setting makes no sense.
+    """
+
+    #: The route that tells which weights the server has; "": it has none.
+    _weights_path: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 1800.0,
+        connect_timeout_s: float = 10.0,
+        max_connections: int = 1024,
+        base_version: int | None = None,
+    ) -> None:
+        self._http = HttpClient(
+            url.rstrip("/").removesuffix("/v1"),
+            api_key=api_key,
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            max_connections=max_connections,
+        )
+        self._model = model
+        self._base_version = base_version
+        self._weights = WeightInfo(self._http, self._weights_path)
+        self._chat = Chat(self._http, model)
+        #: Whether the server tells the version of every token; None until it has answered.
+        self._spans: bool | None = None
+        self._version = NO_VERSION
+
+    @property
+    def name(self) -> str:
+        """The server's URL, without credentials."""
+        return self._http.name
+
+    @property
+    def version(self) -> int:
+        """Version of the newest token that the server made; NO_VERSION if it made none."""
+        return self._version
+
+    async def generate(self, request: Request, n: int = 1) -> Sequence[Generation]:
+        """Make `n` independent completions; see :class:`Engine`.
+
+        A completion of fewer tokens than asked for that ended by "length" met the end of the
+        server's context.
+
+        Raises:
+            EngineUnavailableError: The server is unreachable, failing, overloaded or set up
+                otherwise than we are; or, as `StaleServerError`, it serves older weights than it
+                was given.
+            EngineProtocolError: The answer is no usable generation.
+            EngineRefusedError: The server, or this client, refuses the request itself.
+        """
+        self._admit(request, n)
+        began_s = time.monotonic()
+        # Greedy completions are all the same one, and vLLM refuses to make it twice.
+        greedy = request.sampling.temperature < _GREEDY
+        made = await self._ask(request, 1 if greedy else n)
+        total_s = time.monotonic() - began_s
+        made = [replace(one, timings=Timings(total_s, one.timings.server_s)) for one in made]
+        return made * n if greedy else made
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> TextAnswer:
+        """What the server's model says next; see :class:`TextEngine`."""
+        try:
+            return await self._chat.ask(messages, sampling)
+        except EngineUnavailableError:
+            self._forget()
+            raise
+
+    async def ready(self) -> bool:
+        """Whether the server answers, is healthy and knows our model and our key."""
+        try:
+            health = await self._http.get("/health", timeout_s=_PROBE_S)
+            if health.status != 404:
+                health.checked()
+            models = await self._http.get("/v1/models", timeout_s=_PROBE_S)
+            if models.status == 404:
+                return health.status != 404
+            listed = models.checked().json().get("data")
+        except (InfraError, EngineRefusedError):
+            self._forget()
+            return False
+        if self._model is None or not isinstance(listed, list):
+            return True
+        return any(isinstance(one, dict) and one.get("id") == self._model for one in listed)
+
+    async def close(self) -> None:
+        """Release connections. Idempotent."""
+        await self._http.close()
+
+    @abstractmethod
+    async def _exchange(self, request: Request, n: int, salt: str) -> list[Generation]:
+        """One exchange: `n` completions, possibly cut off.
+
+        Args:
+            request: What to complete.
+            n: How many completions.
+            salt: Of the prefix cache, so that no request reads keys and values of older weights.
+        """
+
+    def _forget(self) -> None:
+        """The server may come back as another one: find out again what it offers."""
+        self._weights.forget()
+        self._chat.forget()
+        self._spans = None
+
+    def _admit(self, request: Request, n: int) -> None:
+        if n < 1:
+            raise EngineRefusedError(f"asked for {n} completions: at least one makes sense")
+        if not len(request.token_ids):
+            raise EngineRefusedError("an empty prompt cannot be completed: it needs a token id")
+        if request.sampling.max_tokens < 1:
+            raise EngineRefusedError(
+                f"max_tokens is {request.sampling.max_tokens}: no token may be made"
+            )
+
+    async def _ask(self, request: Request, n: int) -> list[Generation]:
+        # By what the server holds, where it is known: then a segment that goes on finds its prefix.
+        held = request.version if request.serves == NO_VERSION else request.serves
+        try:
+            return await self._exchange(request, n, str(held))
+        except EngineUnavailableError:
+            self._forget()
+            raise
+
+    # Whose weights made a token.
+
+    def _untagged(self, request: Request) -> int:
+        """The version of weights that never were refitted, by the server's own word."""
+        if self._base_version is not None:
+            return self._base_version
+        return request.version if request.serves == NO_VERSION else NO_VERSION
+
+    async def _before(self, request: Request) -> int:
+        """The version that the server has before it is asked, where its answer will not tell."""
+        return request.version if self._spans else await self._weight_version(request)
+
+    async def _weight_version(self, request: Request) -> int:
+        """The version that the server as a whole has now, as well as it can be known."""
+        offered, version = await self._weights.read(request.serves)
+        if not offered:
+            return request.version if request.serves == NO_VERSION else request.serves
+        return self._untagged(request) if version is None else version
+
+    async def _older(self, before: int, request: Request) -> int:
+        """The older of `before` and the version that the server has now."""
+        # Those who went on to read the reply know that the server was there: what it cannot tell
+        # any more cannot make the tag any older.
+        with suppress(InfraError):
+            return min(before, await self._weight_version(request))
+        return before
+
+    def _judged(self, said: Said, request: Request, whole: int, where: str) -> Generation:
+        """What a server said, as a generation that can be trained on.
+
+        Args:
+            said: The completion.
+            request: What was asked for.
+            whole: The version of all tokens, where the server does not tell it for each.
+            where: Which answer of which server, for messages.
+
+        Raises:
+            EngineProtocolError: It cannot be trained on.
+            StaleServerError: Older weights made it than the fleet gave this server.
+        """
+        ids = token_array(said.token_ids, where)
+        tokens = len(ids)
+        if not tokens and said.finish_reason != ABORTED:
+            raise EngineProtocolError(f"{where} has no token, and ended by {said.finish_reason!r}")
+        if tokens > request.sampling.max_tokens:
+            raise EngineProtocolError(
+                f"{where} has {tokens} tokens where {request.sampling.max_tokens} were allowed"
+            )
+        logprobs = logprob_array(said.logprobs, tokens, where)
+        versions = (
+            VersionSpans.of([(tokens, whole)])
+            if said.spans is None
+            else span_array(said.spans, tokens, self._untagged(request), where)
+        )
+        if tokens:
+            _refuse_stale(int(versions.versions[0]), request.serves, where)
+            self._version = int(versions.versions[-1])
+        timings = Timings(server_s=said.server_s)
+        return Generation(ids, logprobs, versions, said.finish_reason, self.name, timings)
+
+
+def _refuse_stale(first: int, serves: int, where: str) -> None:
+    """Raise if the first token is older than what the server was given before it was asked."""
+    if first >= serves:
+        return
+    what = "weights that never were refitted" if first == NO_VERSION else f"version {first}"
+    raise StaleServerError(
+        f"{where} was made by {what}, where this server was refitted to version {serves}: it has "
+        f"lost those weights, most likely in a restart, and must be refitted",
+        serves,
+        first,
+    )
+
+
+def refuse_reserved(extra: Mapping[str, Any], reserved: frozenset[str]) -> None:
+    """Refuse further sampling fields that would change what the client relies on.
+
+    Raises:
+        EngineRefusedError: `extra` holds one of `reserved`.
+    """
+    if taken := reserved & extra.keys():
+        raise EngineRefusedError(
+            f"sampling fields {sorted(taken)} cannot be set in `extra`: use the fields of "
+            f"Sampling, or leave them to the client"
+        )
+
+
+def affinity_header(affinity: str) -> str:
+    """`affinity` as the value of an HTTP header."""
+    return quote(affinity, safe="/:.-_")[:256]
+
+
+async def all_of(asked: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results of all, in order; when one fails the others are called off."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

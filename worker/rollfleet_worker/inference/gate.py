@@ -1,0 +1,83 @@
+"""What the trainer's row about an inference server means for a worker: may it serve, and which version?
+
+- No rows at all: nobody refits servers in this run. Then every server may serve, and which version is
+  for the server to tell.
+- Otherwise a server serves only by a row that says so. No row, a refit that outlived its time, a row
+  of an earlier epoch that is ahead of the board, a row that the server itself has belied: out.
+- Pure: rows, the board and a clock in; a verdict out.
+"""
+
+from dataclasses import dataclass
+
+from rollfleet_common.messages import NO_VERSION, PolicyVersion
+from rollfleet_common.servers import ServerWeights, WeightState
+from rollfleet_worker.inference.states import Event
+
+__all__ = ["UNGATED", "Stand", "stand_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """A verdict on one server's weights."""
+
+    #: CURRENT, REFIT or OUTDATED.
+    event: Event
+    #: Version that the server was last refitted to; NO_VERSION if nobody knows.
+    serves: int = NO_VERSION
+    #: Why it may not serve; "" if it may.
+    why: str = ""
+    #: The row that says so; None without one.
+    row: ServerWeights | None = None
+    #: A refit began and did not end in time: the server may have been left paused.
+    expired: bool = False
+
+    @property
+    def model(self) -> str:
+        """Name of the LoRA adapter that the trainer gave the server; "" if it gave none."""
+        return "" if self.row is None else self.row.model
+
+    @property
+    def unrefitted(self) -> bool:
+        """Whether servers are refitted in this run, and this one never was."""
+        return self.event is Event.OUTDATED and self.row is None
+
+
+UNGATED = Stand(Event.CURRENT)
+
+
+def stand_of(
+    row: ServerWeights | None,
+    *,
+    gated: bool,
+    policy: PolicyVersion,
+    now_ms: float,
+    belied: ServerWeights | None = None,
+    belied_by: str = "",
+) -> Stand:
+    """The verdict on a server.
+
+    Args:
+        row: What the trainer wrote of it; None if nothing.
+        gated: Whether the trainer wrote of any server.
+        policy: The board.
+        now_ms: The time, in Unix milliseconds.
+        belied: A row that proved wrong: only another one counts.
+        belied_by: How it proved wrong.
+    """
+    if not gated:
+        return UNGATED
+    if row is None:
+        return Stand(Event.OUTDATED, why="the trainer has not refitted it")
+    if row.state is WeightState.REFITTING:
+        if now_ms <= row.until_ms:
+            return Stand(Event.REFIT, row.version, "being refitted", row)
+        why = "its refit did not end in time"
+        return Stand(Event.OUTDATED, row.version, why, row, expired=True)
+    if row.state is WeightState.STALE:
+        return Stand(Event.OUTDATED, row.version, row.why or "the trainer says so", row)
+    if row == belied:
+        return Stand(Event.OUTDATED, row.version, belied_by, row)
+    if row.epoch < policy.epoch and row.version > policy.version:
+        why = f"it holds version {row.version} of an earlier epoch; the run is at {policy.version}"
+        return Stand(Event.OUTDATED, row.version, why, row)
+    return Stand(Event.CURRENT, row.version, row=row)
