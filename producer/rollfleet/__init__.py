@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rollfleet.aio import AsyncFleet
+from rollfleet.balance import Cost
 from rollfleet.batch import Batch
 from rollfleet.bias import BiasMeter, effective_sample_size
 from rollfleet.fleet import Fleet, connect
@@ -28,15 +29,21 @@ from rollfleet.freshness import (
     Wait,
 )
 from rollfleet.groups import Group, Member
+from rollfleet.micro import MicroPlan, StepTotals, plan_headers, plan_micro
 from rollfleet.orders import FreshestFirst, OldestFirst, Windowed
+from rollfleet.ranks import RankBatch, RankFleet, connect_ranks
+from rollfleet.refits.saving import save_weights
 from rollfleet.replay import Replay, replay
 from rollfleet.settings import TrainerSettings
+from rollfleet.sources import Epochs
 from rollfleet_common.errors import (
     BrokerSetupError,
     BrokerUnavailableError,
+    CollectiveError,
     InvalidPromptError,
     OversizeError,
     PolicyError,
+    RankError,
     RefitError,
     RollfleetError,
     SettingsError,
@@ -47,7 +54,8 @@ from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Header, Kind, Prompt, Rollout, Sample
 
 if TYPE_CHECKING:
-    from rollfleet.collate import GroupStats, TensorBatch, collate, group_stats
+    from rollfleet.collating import GroupStats, PackedBatch, TensorBatch, collate, group_stats
+    from rollfleet.microbatch import MicroBatch, MicroBatches, micro_batches, micro_batches_of
     from rollfleet.proximal import (
         proximal_logprobs,
         segment_mask,
@@ -63,7 +71,10 @@ __all__ = [
     "Books",
     "BrokerSetupError",
     "BrokerUnavailableError",
+    "CollectiveError",
+    "Cost",
     "DropStale",
+    "Epochs",
     "Fleet",
     "FreshestFirst",
     "Group",
@@ -73,11 +84,18 @@ __all__ = [
     "Kind",
     "Mask",
     "Member",
+    "MicroBatch",
+    "MicroBatches",
+    "MicroPlan",
     "OldestFirst",
     "OversizeError",
+    "PackedBatch",
     "Policy",
     "PolicyError",
     "Prompt",
+    "RankBatch",
+    "RankError",
+    "RankFleet",
     "RefitError",
     "Replay",
     "RollfleetError",
@@ -87,6 +105,7 @@ __all__ = [
     "SettingsError",
     "StandardPPO",
     "StarvedError",
+    "StepTotals",
     "SupersededError",
     "TensorBatch",
     "TrainerSettings",
@@ -94,10 +113,16 @@ __all__ = [
     "Windowed",
     "collate",
     "connect",
+    "connect_ranks",
     "effective_sample_size",
     "group_stats",
+    "micro_batches",
+    "micro_batches_of",
+    "plan_headers",
+    "plan_micro",
     "proximal_logprobs",
     "replay",
+    "save_weights",
     "segment_mask",
     "token_logprobs",
     "token_staleness",
@@ -105,10 +130,15 @@ __all__ = [
 
 #: Where what needs torch is.
 _WITH_TORCH = {
-    "GroupStats": "collate",
-    "TensorBatch": "collate",
-    "collate": "collate",
-    "group_stats": "collate",
+    "GroupStats": "collating",
+    "MicroBatch": "microbatch",
+    "MicroBatches": "microbatch",
+    "PackedBatch": "collating",
+    "TensorBatch": "collating",
+    "collate": "collating",
+    "group_stats": "collating",
+    "micro_batches": "microbatch",
+    "micro_batches_of": "microbatch",
     "proximal_logprobs": "proximal",
     "segment_mask": "proximal",
     "token_logprobs": "proximal",

@@ -13,35 +13,36 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import structlog
 
+from rollfleet.background import Background
 from rollfleet.batch import Batch
 from rollfleet.bias import BiasMeter
 from rollfleet.capacity import Pacer
-from rollfleet.commit import Commits
-from rollfleet.consume import BLOCK_MS, Consumer
+from rollfleet.consume import BLOCK_MS
 from rollfleet.freshness import Policy
-from rollfleet.gather import Gather
 from rollfleet.guarded import Guarded, policy_named
 from rollfleet.line import Line
-from rollfleet.opening import REACH_S, check, seize, shape, wipe
-from rollfleet.payloads import Accept, Payloads
-from rollfleet.publish import refit
-from rollfleet.recover import recover
-from rollfleet.revive import Reviver
-from rollfleet.rollback import History
+from rollfleet.opening import REACH_S, check, wipe
+from rollfleet.parts import Needs, Parts
+from rollfleet.payloads import Accept
+from rollfleet.refits.drivers import Weights
+from rollfleet.refits.fleet import Refits
+from rollfleet.refits.healer import Healer
+from rollfleet.refits.one import Load
 from rollfleet.settings import TrainerSettings
-from rollfleet.submit import Submitter
+from rollfleet.tenure import Tenure
 from rollfleet_common.board import Board
-from rollfleet_common.errors import RollfleetError, SettingsError
+from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.ledger import Books, read_books
 from rollfleet_common.messages import NO_VERSION, Prompt, Rollout
 from rollfleet_common.redis import connect, retry, safe_url
+from rollfleet_common.servers import Servers
 from rollfleet_common.streams import Streams
-from rollfleet_common.tasks import cancel_all
 
 __all__ = ["AsyncFleet"]
 
@@ -61,7 +62,8 @@ class AsyncFleet:
             as ``rejected``, and another takes its place.
         state: What :meth:`state_dict` returned, to resume from that checkpoint.
         version: The policy's version now; None: wherever the run is (0 for a new one).
-        collate: Options of :func:`rollfleet.collate` for ``batch.tensors``.
+        collate: Options of :func:`rollfleet.collate` for ``batch.tensors``; and `device`, where these
+            are to be: ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for CUDA where there is any.
     """
 
     def __init__(
@@ -88,9 +90,6 @@ class AsyncFleet:
         self.pacer = Pacer(
             settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
         )
-        self.version = NO_VERSION
-        self.epoch = 0
-        self._weights = ""
         self._accept = should_accept
         self._state = dict(state or {})
         if self._state and self._state.get("run") != settings.run:
@@ -99,11 +98,22 @@ class AsyncFleet:
             )
         self._want = self._state.get("version", NO_VERSION) if version is None else version
         self._collate = dict(collate or {})
-        self._tasks: list[asyncio.Task[None]] = []
-        self._error: RollfleetError | None = None
+        #: Decodes and collates, so that the loop goes on.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollfleet-load")
+        self._background = Background(self._wake)
         self.line = Line(self._revive)
         #: Prompts of the groups that are out, oldest first.
         self._out: dict[str, Prompt] = {}
+
+    @property
+    def version(self) -> int:
+        """The version last published."""
+        return self._tenure.version
+
+    @property
+    def epoch(self) -> int:
+        """Which incarnation of the run's history this is."""
+        return self._tenure.epoch
 
     # ---- opening and closing -----------------------------------------------------------------
 
@@ -123,26 +133,36 @@ class AsyncFleet:
         ]
         self.board = Board(self._client, self.keys)
         self.streams = [Streams(self._client, self.keys.partition(p)) for p in range(s.partitions)]
+        registry = Servers(self._client, self.keys)
+        self.refits = Refits(s, registry, self.token, lambda: self.epoch, self.line)
+        self._tenure = Tenure(
+            s,
+            self.token,
+            self.board,
+            self.streams,
+            self.line,
+            self.policy.horizon,
+            lambda: self.refits.current is not None,
+        )
         try:
             await check(self._client, s)
             if s.fresh:
                 await wipe(self._client, self.keys)
-            # Both may be repeated: the token is ours, and every step of them is idempotent.
-            seized = await retry(
-                lambda: seize(self.board, self.token, s, self._want),
-                what="take the run",
-                deadline_s=REACH_S,
-                url=s.redis_url,
-            )
-            self.epoch, self.version = seized.epoch, seized.version
+            await self._tenure.take(self._want)
+            # It may be repeated: every step of it is idempotent.
             await retry(self._build, what="open the run", deadline_s=REACH_S, url=s.redis_url)
+            await self.refits.open(Weights(self.version, self._tenure.weights, s.adapter))
         except BaseException:
             await self._disconnect()
             raise
-        self._spawn(self._keep(), "keep")
-        self._spawn(self._tend(), "tend")
+        spawn = self._background.spawn
+        spawn(self._tenure.keep(self.reviver.reconcile), "keep")
+        spawn(self._tend(), "tend")
+        spawn(Healer(self.refits).run(), "heal")
         for partition in range(s.partitions):
-            self._spawn(self.consumer.run(partition), f"consume-{partition}")
+            spawn(self.consumer.run(partition), f"consume-{partition}")
+        if s.prefetch:
+            spawn(self.gather.ahead.run(), "prefetch")
         log.info(
             "run opened",
             run=s.run,
@@ -163,14 +183,14 @@ class AsyncFleet:
         """Let go of the run. Prompts and rollouts stay for the next trainer. Idempotent."""
         if self.submitter.feeder is not None:
             self.submitter.feeder.stop()
-        await cancel_all(self._tasks)
-        self._tasks.clear()
+        await self._background.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        await self.refits.close()
         await self._disconnect()
 
     async def _disconnect(self) -> None:
         try:
-            if self.epoch:
-                await self.board.release(self.token)
+            await self._tenure.release()
         except Exception as exc:  # noqa: BLE001 - the lease runs out by itself
             log.warning("could not release the run", error=str(exc))
         finally:
@@ -178,140 +198,37 @@ class AsyncFleet:
                 await client.aclose()
 
     async def _build(self) -> None:
-        """Fence every partition, finish what was half done, and build the parts."""
-        s = self.settings
-        useful = self.policy.horizon(self.version)
-        cursors = [
-            await streams.open(self.token, self.epoch, self.version, useful)
-            for streams in self.streams
-        ]
-        last = int(self._state.get("batch", 0))
-        replay = await recover(self.board, self.token, self.streams, last)
-        history = History(await self.board.rollbacks())
-        self.consumer = Consumer(
-            token=self.token,
-            streams=self.streams,
-            readers=self._readers,
-            policy=self.policy,
-            version=lambda: self.version,
-            history=history,
-            on_rollback=s.on_rollback,
-            meter=self.meter,
-            settled=self._settled,
-            surplus=s.surplus,
-            least=self.policy.least,
-            out=self._out,
-            line=self.line,
+        """Build the parts on the run that was taken."""
+        parts = await Parts.build(
+            Needs(
+                settings=self.settings,
+                tenure=self._tenure,
+                policy=self.policy,
+                meter=self.meter,
+                pacer=self.pacer,
+                readers=self._readers,
+                thread=self._thread,
+                accept=self._accept,
+                state=self._state,
+                collate=self._collate,
+                check=self._background.check,
+                reason=self.reason,
+                books=self.books,
+                announce=self._announce,
+                out=self._out,
+            )
         )
-        self.consumer.replay = replay
-        self.consumer.remember((group, index) for group, index in self._state.get("recent", ()))
-        self.payloads = Payloads(
-            self.streams,
-            self._accept,
-            self.consumer.drop,
-            lambda: self.consumer.life,
-            self.line,
-            self.policy,
-            history,
-        )
-        self.commits = Commits(
-            board=self.board,
-            token=self.token,
-            streams=self.streams,
-            consumer=self.consumer,
-            pacer=self.pacer,
-            line=self.line,
-            number=max(await self.board.last_batch(), last),
-            collate=self._collate,
-        )
-        self.submitter = Submitter(
-            token=self.token,
-            prefix=f"m{self.epoch}",
-            streams=self.streams,
-            settings=s,
-            pacer=self.pacer,
-            books=self.books,
-            check=self._check,
-            line=self.line,
-            version=lambda: self.version,
-            out=self._out,
-            **self._feed_from(max(cursors)),
-        )
-        self.reviver = Reviver(
-            token=self.token,
-            board=self.board,
-            streams=self.streams,
-            consumer=self.consumer,
-            out=self._out,
-            max_prompt_bytes=s.max_prompt_bytes,
-            partition=self.submitter.partition,
-            reopen=self._reopen,
-            publish=self._announce,
-            version=lambda: self.version,
-            done=self.commits.done,
-        )
-        self.gather = Gather(
-            settings=s,
-            consumer=self.consumer,
-            payloads=self.payloads,
-            commits=self.commits,
-            submitter=self.submitter,
-            pacer=self.pacer,
-            version=lambda: self.version,
-            check=self._check,
-            reason=self.reason,
-        )
-        await self.submitter.look()
+        self.consumer, self.payloads = parts.consumer, parts.payloads
+        self.commits, self.submitter = parts.commits, parts.submitter
+        self.reviver, self.gather = parts.reviver, parts.gather
 
-    def _feed_from(self, cursor: int) -> dict[str, Any]:
-        """Where the feed goes on: where Redis says, which may be behind the checkpoint.
-
-        A Redis that has nothing of this run has lost it: what was out at the checkpoint is sent
-        again.
-        """
-        if cursor > NO_VERSION:
-            return {"cursor": cursor, "again": frozenset()}
-        position = int(self._state.get("position", 0))
-        return {"cursor": position - 1, "again": frozenset(self._state.get("open", ()))}
-
-    def _spawn(self, life: Awaitable[None], name: str) -> None:
-        async def guarded() -> None:
-            try:
-                await life
-            except asyncio.CancelledError:
-                raise
-            except RollfleetError as exc:
-                self._fail(exc)
-            except Exception as exc:  # noqa: BLE001 - told to whoever calls next
-                error = RollfleetError(
-                    f"{name} failed in the background: {type(exc).__name__}: {exc}"
-                )
-                error.__cause__ = exc
-                self._fail(error)
-
-        self._tasks.append(asyncio.create_task(guarded(), name=f"rollfleet-{name}"))
-
-    def _fail(self, error: RollfleetError) -> None:
-        log.error("the fleet failed", error=str(error))
-        self._error = self._error or error
+    def _wake(self) -> None:
+        """Have everyone who waits look again."""
         self.consumer.news.set()
         self.submitter.credit.set()
 
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    async def _keep(self) -> None:
-        """Keep the trainer's lease."""
-        while True:
-            await asyncio.sleep(self.settings.lease_s / 3)
-            await self.line(
-                lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
-                "renew the trainer's lease",
-            )
-            if self.line.suspect:
-                self.line.suspect = False
-                await self.line(self.reviver.reconcile, "look for what an outage lost")
+    async def _revive(self) -> bool:
+        return await self.reviver.revive()
 
     async def _tend(self) -> None:
         """Close groups that are past their deadline; keep what is worth a warning on the board."""
@@ -322,10 +239,7 @@ class AsyncFleet:
             if (text := json.dumps(said)) != shown:
                 for sentence in said:
                     log.warning(sentence)
-                await self.line(
-                    lambda text=text: self.board.publish(self.token, {"warnings": text}),  # type: ignore[misc]
-                    "publish warnings",
-                )
+                await self._tenure.say("publish warnings", warnings=text)
                 shown = text
             now_ms = time.time() * 1000
             late = [p.group for p in self._out.values() if 0 < p.deadline_ms < now_ms]
@@ -333,57 +247,9 @@ class AsyncFleet:
                 log.info("deadline passed", group=group)
                 await self.consumer.cancel(group, "deadline")
 
-    async def _revive(self) -> bool:
-        return await self.reviver.revive()
-
-    async def _reopen(self) -> bool:
-        """Take a run that Redis lost, in a new epoch; False if another trainer was faster."""
-        s = self.settings
-        seized = await retry(
-            lambda: self.board.seize(
-                self.token,
-                int(s.lease_s * 1000),
-                self.token,
-                shape(s),
-                version=self.version,
-                take_over=False,
-                above=self.epoch,
-            ),
-            what="open the run anew",
-            deadline_s=None,
-        )
-        if seized.ok:
-            self.epoch = seized.epoch
-            useful = self.policy.horizon(self.version)
-            for streams in self.streams:
-                await retry(
-                    lambda streams=streams: streams.open(  # type: ignore[misc]
-                        self.token, self.epoch, self.version, useful
-                    ),
-                    what="fence a partition anew",
-                    deadline_s=None,
-                )
-        return seized.ok
-
-    async def _announce(self, weights: str | None = None) -> None:
-        """Put the version on the board and into the fences."""
-        if weights is not None:
-            self._weights = weights
-        fields: dict[str, int | str] = {"version": self.version, "weights": self._weights}
-        useful = self.policy.horizon(self.version)
-        fields |= {"published_ms": int(time.time() * 1000), "min_useful": useful}
-        await self.line(
-            lambda: self.board.publish(self.token, fields), f"publish version {self.version}"
-        )
-        for streams in self.streams:
-            await self.line(
-                lambda streams=streams: streams.advance(self.token, self.version, useful),  # type: ignore[misc]
-                f"advance to version {self.version}",
-            )
-
-    def _settled(self, samples: int) -> None:
-        self.pacer.settled(samples)
-        self.submitter.credit.set()
+    async def _announce(self) -> None:
+        self.consumer.news.set()  # what was prepared may have been for another version
+        await self._tenure.announce()
 
     def _credit(self) -> None:
         self.pacer.release()
@@ -399,7 +265,9 @@ class AsyncFleet:
     def feed(self, source: Iterable[Any]) -> None:
         """Submit the prompts of an iterable in the background, as the ledger allows.
 
-        Positions that the run has seen are passed over, so the same iterable given again resumes.
+        Positions that the run has seen are passed over, so the same iterable given again resumes. A
+        source with `state_dict` and `load_state_dict` (torchdata's StatefulDataLoader) is put back
+        where it stood at the checkpoint that `state` is from: no pass over all that went before.
 
         Raises:
             SettingsError: A feed is running already.
@@ -410,7 +278,7 @@ class AsyncFleet:
             await self.submitter.feed()
             self.consumer.news.set()
 
-        self._spawn(feed(), "feed")
+        self._background.spawn(feed(), "feed")
 
     async def submit(self, item: Any) -> str:
         """Submit one prompt now, waiting for room; returns its group's name.
@@ -475,7 +343,7 @@ class AsyncFleet:
         For trainers that commit at checkpoints: what was trained since is served again, in order,
         after a crash.
         """
-        self._check()
+        self._background.check()
         if batch.state == "handed":
             await self.commits.advance(batch, "trained")
             self.submitter.credit.set()
@@ -485,7 +353,7 @@ class AsyncFleet:
 
         Call it after the optimizer step, or after the checkpoint that holds the step is durable.
         """
-        self._check()
+        self._background.check()
         trained = [each for each in self.commits.open if each.state == "trained"]
         for each in trained if batch is None else [batch]:
             if each.state != "committed":
@@ -498,42 +366,58 @@ class AsyncFleet:
         weights: str = "",
         *,
         transfer: Callable[[int, str], Awaitable[None]] | None = None,
+        load: Load | None = None,
     ) -> int:
         """Announce a new version of the policy; returns it.
 
         Args:
             version: Its number; one more than the last if not given. The current one may be
                 published again, with weights: a trainer that resumes refits its servers so.
-            weights: Where the weights are. With `servers` set, they are made to load it first.
+            weights: Where the weights are, as the servers can read it: those of `servers` and those
+                that are registered are made to load it, as the settings say.
             transfer: Called as ``transfer(version, weights)`` in place of that, for trainers that
-                move the weights themselves.
+                move the weights themselves; no server is touched.
+            load: Called as ``load(version, urls)`` while the servers at `urls` are paused, in place
+                of their reading `weights`: for a broadcast. They are tagged and resumed after it.
 
         Raises:
-            RefitError: A server did not take the weights; the version is not announced.
+            RefitError: No server took the weights, and the version is not announced; or fewer did
+                than `refit_quorum` asks for. One that did not is out until it does.
             SettingsError: The version is below the last.
             SupersededError: Another trainer has opened the run.
         """
-        self._check()
+        self._background.check()
         new = self.version + 1 if version is None else version
         if new < self.version:
             raise SettingsError(
                 f"version {new} is below version {self.version}; to go back, open the run anew "
                 "from a checkpoint"
             )
+
+        async def announce() -> None:
+            self._tenure.version, self._tenure.weights = new, weights
+            await self._announce()
+
         if transfer is not None:
             await transfer(new, weights)
-        elif weights and self.settings.servers:
-            await refit(self.settings.servers, new, weights)
-        self.version = new
-        await self._announce(weights)
+            await self.refits.hands_off()
+            await announce()
+        elif weights or load is not None:
+            await self.refits.publish(Weights(new, weights, self.settings.adapter), announce, load)
+        else:
+            await announce()
         self._credit()
         return new
+
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Versions whose weights some server holds or may be given: :func:`save_weights` keeps them."""
+        return self.refits.versions() | {self.version}
 
     async def pause(self, seconds: float) -> None:
         """Ask workers to claim nothing for `seconds`; what runs goes on. 0 resumes."""
         until = int((time.time() + seconds) * 1000) if seconds > 0 else 0
-        fields: dict[str, int | str] = {"paused_until_ms": until}
-        await self.line(lambda: self.board.publish(self.token, fields), "pause")
+        await self._tenure.say("pause", paused_until_ms=until)
 
     async def batches(
         self, steps: int | None = None, *, commit: str = "step"
@@ -564,8 +448,13 @@ class AsyncFleet:
     # ---- state and reasons -------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to resume this run; plain types only."""
+        """What a checkpoint must hold to resume this run.
+
+        Plain types only, but for `source`: a stateful feed's own state, as that gives it.
+        """
+        source = self.submitter.source_state
         return {
+            **({} if source is None else {"source": source}),
             "run": self.settings.run,
             "version": self.version,
             "batch": self.commits.last_trained,
@@ -592,6 +481,8 @@ class AsyncFleet:
             f"{here} are ready",
             f"{books.dead} died",
         ]
+        if trouble := self.refits.trouble():
+            parts.append(trouble)
         if workers == 0:
             parts.insert(0, "no worker has ever shown up for this run")
         if self.submitter.feeder is None and not books.outstanding:

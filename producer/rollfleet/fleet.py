@@ -15,6 +15,7 @@ from rollfleet.batch import Batch
 from rollfleet.freshness import Policy
 from rollfleet.payloads import Accept
 from rollfleet.settings import TrainerSettings
+from rollfleet.sources import Epochs
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.ledger import Books
@@ -158,6 +159,11 @@ class Fleet:
         """Announce a new version of the policy; see :meth:`AsyncFleet.publish`."""
         return self._call(self.aio.publish(version, weights, **options))
 
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Versions whose weights must be kept; see :attr:`AsyncFleet.in_use`."""
+        return self.aio.in_use
+
     def pause(self, seconds: float) -> None:
         """Ask workers to claim nothing for a while; see :meth:`AsyncFleet.pause`."""
         self._call(self.aio.pause(seconds))
@@ -216,7 +222,7 @@ class Fleet:
         A source that can be iterated again (a list, a DataLoader) is, for ever, as theirs is.
         """
         if not self.aio.feeding:
-            self.feed(_round_and_round(source))
+            self.feed(Epochs(source))
         return self.wait(self.aio.settings.batch // self.aio.settings.group_size, timeout)
 
     # ---- life ----------------------------------------------------------------------------------
@@ -257,17 +263,6 @@ class Fleet:
         except BaseException:
             future.cancel()
             raise
-
-
-def _round_and_round(source: Iterable[T]) -> Iterator[T]:
-    """All of `source`, again and again, until it yields nothing."""
-    while True:
-        some = False
-        for item in source:
-            some = True
-            yield item
-        if not some:
-            return
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -2,13 +2,19 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from rollfleet_common.servers import server_name, server_url
 from rollfleet_common.settings import Settings
 from rollfleet_common.staleness import check_shape
 from rollfleet_common.units import Bytes, Listed, Seconds
 
 __all__ = ["TrainerSettings"]
+
+
+def _urls(urls: list[str]) -> list[str]:
+    """As all parts of a run write them, each once."""
+    return list({server_name(url): url for url in map(server_url, urls)}.values())
 
 
 class TrainerSettings(Settings):
@@ -72,9 +78,47 @@ class TrainerSettings(Settings):
     starve_s: Seconds = Field(
         1800.0, gt=0, description="Longest wait for a batch before StarvedError says why."
     )
-    servers: Annotated[list[str], Listed] = Field(
+    prefetch: int = Field(
+        1,
+        ge=0,
+        le=16,
+        description="Batches made ready ahead while the trainer computes; 0: none.",
+    )
+    servers: Annotated[list[str], Listed, AfterValidator(_urls)] = Field(
         default_factory=list,
-        description="Inference servers that publish() refits; none if the trainer does it itself.",
+        description="Inference servers that publish() refits, besides those registered with "
+        "`rollfleet server add`; none if the trainer moves weights itself.",
+    )
+    api_key: SecretStr | None = Field(
+        None,
+        description="Bearer token for the servers' control routes; best given as a variable.",
+    )
+    refit_mode: Literal["keep", "abort", "wait"] = Field(
+        "keep",
+        description="Requests in flight while a server is refitted: keep them (they go on under the "
+        "new weights), abort them (workers go on with them elsewhere), or wait for them.",
+    )
+    refit_at_once: int = Field(
+        0,
+        ge=0,
+        description="Servers that are refitted at the same time, so that the others generate; "
+        "0: all of them.",
+    )
+    refit_s: Seconds = Field(600.0, gt=0, description="Longest refit of one server.")
+    refit_quorum: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the servers that must take a version, or publish() raises; "
+        "0: one of them.",
+    )
+    heal_s: Seconds = Field(
+        5.0, gt=0, description="How often servers are asked whether they hold the current weights."
+    )
+    adapter: str = Field(
+        "",
+        description="Name under which servers serve what is published, which then is a LoRA adapter; "
+        "workers ask for that model.",
     )
     strict: bool = Field(
         default=False, description="Refuse a Redis that may lose data instead of warning."

@@ -1,0 +1,58 @@
+"""What runs beside a trainer: tasks whose first failure is kept, and told to whoever calls next."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from rollfleet_common.errors import RollfleetError
+from rollfleet_common.tasks import cancel_all
+
+__all__ = ["Background"]
+
+log = structlog.get_logger("rollfleet.trainer")
+
+
+class Background:
+    """The tasks of one fleet; `wake()` has those who wait look at what failed."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._tasks: list[asyncio.Task[None]] = []
+        self._error: RollfleetError | None = None
+
+    def spawn(self, life: Awaitable[None], name: str) -> None:
+        """Run `life` until it ends, fails, or :meth:`close`."""
+        task = asyncio.create_task(self._guarded(life, name), name=f"rollfleet-{name}")
+        self._tasks.append(task)
+
+    def check(self) -> None:
+        """Raise what failed first, if anything did.
+
+        Raises:
+            RollfleetError: The failure; what is none of ours is named, and is its cause.
+        """
+        if self._error is not None:
+            raise self._error
+
+    async def close(self) -> None:
+        """Cancel all tasks, and wait for them. Idempotent."""
+        await cancel_all(self._tasks)
+        self._tasks.clear()
+
+    async def _guarded(self, life: Awaitable[None], name: str) -> None:
+        try:
+            await life
+        except asyncio.CancelledError:
+            raise
+        except RollfleetError as exc:
+            self._fail(exc)
+        except Exception as exc:  # noqa: BLE001 - told to whoever calls next
+            error = RollfleetError(f"{name} failed in the background: {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+            self._fail(error)
+
+    def _fail(self, error: RollfleetError) -> None:
+        log.error("the fleet failed", error=str(error))
+        self._error = self._error or error
+        self._wake()

@@ -1,0 +1,183 @@
+"""The parts of a trainer's side, built on a run that was taken, and wired to each other once."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from rollfleet.bias import BiasMeter
+from rollfleet.capacity import Pacer
+from rollfleet.commit import Commits
+from rollfleet.consume import Consumer
+from rollfleet.gather import Gather
+from rollfleet.guarded import Guarded
+from rollfleet.payloads import Accept, Payloads
+from rollfleet.recover import recover
+from rollfleet.revive import Reviver
+from rollfleet.rollback import History
+from rollfleet.settings import TrainerSettings
+from rollfleet.sources import Mark
+from rollfleet.submit import Submitter
+from rollfleet.tenure import Tenure
+from rollfleet_common.ledger import Books
+from rollfleet_common.messages import NO_VERSION, Prompt
+
+__all__ = ["Needs", "Parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the parts need of the fleet that they are built for."""
+
+    settings: TrainerSettings
+    tenure: Tenure
+    policy: Guarded
+    meter: BiasMeter
+    pacer: Pacer
+    #: Clients whose connections may block, one a partition.
+    readers: Sequence[Any]
+    #: Decodes and collates, so that the loop goes on.
+    thread: Executor
+    accept: Accept | None
+    #: From :meth:`AsyncFleet.state_dict`; empty for a run from its beginning.
+    state: Mapping[str, Any]
+    #: Options of :func:`rollfleet.collate`.
+    collate: Mapping[str, Any]
+    #: Raises what failed in the background.
+    check: Callable[[], None]
+    #: What the fleet is waiting for, in words.
+    reason: Callable[[], Awaitable[str]]
+    books: Callable[[], Awaitable[Books]]
+    #: Puts the version on the board.
+    announce: Callable[[], Awaitable[None]]
+    #: Prompts of the groups that are out, oldest first.
+    out: dict[str, Prompt] = field(default_factory=dict)
+
+
+class Parts:
+    """Who submits, consumes, loads, commits, revives and gathers; made by :meth:`build`."""
+
+    consumer: Consumer
+    payloads: Payloads
+    commits: Commits
+    submitter: Submitter
+    reviver: Reviver
+    gather: Gather
+
+    @classmethod
+    async def build(cls, needs: Needs) -> Self:
+        """Fence every partition, finish what an earlier trainer left half done, and build the parts.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+            BrokerError: Redis is away, or refuses us.
+        """
+        tenure = needs.tenure
+        cursors = await tenure.fence()
+        last = int(needs.state.get("batch", 0))
+        replay = await recover(tenure.board, tenure.token, tenure.streams, last)
+        history = History(await tenure.board.rollbacks())
+        number = max(await tenure.board.last_batch(), last)
+        parts = cls()
+        parts._wire(needs, history, _feed_from(needs.state, max(cursors)), number)
+        parts.consumer.replay = replay
+        parts.consumer.remember((g, i) for g, i in needs.state.get("recent", ()))
+        await parts.submitter.look()
+        return parts
+
+    def _wire(self, needs: Needs, history: History, stood: Mapping[str, Any], number: int) -> None:
+        s, tenure, line = needs.settings, needs.tenure, needs.tenure.line
+
+        def version() -> int:
+            return tenure.version
+
+        def settled(samples: int) -> None:
+            needs.pacer.settled(samples)
+            self.submitter.credit.set()
+
+        self.consumer = Consumer(
+            token=tenure.token,
+            streams=tenure.streams,
+            readers=needs.readers,
+            policy=needs.policy,
+            version=version,
+            history=history,
+            on_rollback=s.on_rollback,
+            meter=needs.meter,
+            settled=settled,
+            surplus=s.surplus,
+            least=needs.policy.least,
+            out=needs.out,
+            line=line,
+        )
+        self.payloads = Payloads(
+            tenure.streams,
+            needs.accept,
+            self.consumer.drop,
+            lambda: self.consumer.life,
+            line,
+            needs.policy,
+            history,
+            needs.thread,
+        )
+        self.commits = Commits(
+            board=tenure.board,
+            token=tenure.token,
+            streams=tenure.streams,
+            consumer=self.consumer,
+            pacer=needs.pacer,
+            line=line,
+            number=number,
+            collate=needs.collate,
+        )
+        self.submitter = Submitter(
+            token=tenure.token,
+            prefix=f"m{tenure.epoch}",
+            streams=tenure.streams,
+            settings=s,
+            pacer=needs.pacer,
+            books=needs.books,
+            check=needs.check,
+            line=line,
+            version=version,
+            out=needs.out,
+            **stood,
+        )
+        self.reviver = Reviver(
+            token=tenure.token,
+            board=tenure.board,
+            streams=tenure.streams,
+            consumer=self.consumer,
+            out=needs.out,
+            max_prompt_bytes=s.max_prompt_bytes,
+            partition=self.submitter.partition,
+            reopen=tenure.retake,
+            publish=needs.announce,
+            version=version,
+            done=self.commits.done,
+        )
+        self.gather = Gather(
+            settings=s,
+            consumer=self.consumer,
+            payloads=self.payloads,
+            commits=self.commits,
+            submitter=self.submitter,
+            pacer=needs.pacer,
+            version=version,
+            check=needs.check,
+            reason=needs.reason,
+            thread=needs.thread,
+        )
+
+
+def _feed_from(state: Mapping[str, Any], cursor: int) -> dict[str, Any]:
+    """Where the feed goes on: where Redis says, which may be behind the checkpoint.
+
+    A Redis that has nothing of this run has lost it: what was out at the checkpoint is sent again.
+    """
+    saved = state.get("source")
+    stood = None if saved is None else Mark.of(saved)
+    if cursor > NO_VERSION:
+        return {"cursor": cursor, "again": frozenset(), "stood": stood}
+    position = int(state.get("position", 0))
+    return {"cursor": position - 1, "again": frozenset(state.get("open", ())), "stood": stood}

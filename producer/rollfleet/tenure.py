@@ -1,0 +1,153 @@
+"""One trainer's hold on a run: its token, its epoch, and the version that it says the policy is at.
+
+- The token stands in every partition before anything is read there; a trainer that was frozen past
+  its lease is told so by the first step that carries an old one.
+- Versions go out by one door: the board first, then the partitions, whose copy only saves work.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from rollfleet.line import Line
+from rollfleet.opening import REACH_S, seize, shape
+from rollfleet.settings import TrainerSettings
+from rollfleet_common.board import Board
+from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.redis import retry
+from rollfleet_common.streams import Streams
+
+__all__ = ["Tenure"]
+
+
+class Tenure:
+    """The hold of one trainer.
+
+    `horizon(version)` is the oldest version that is of use at `version`; `refits()` says whether
+    this trainer gives weights to registered servers.
+    """
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        token: str,
+        board: Board,
+        streams: Sequence[Streams],
+        line: Line,
+        horizon: Callable[[int], int],
+        refits: Callable[[], bool],
+    ) -> None:
+        self.settings = settings
+        self.token = token
+        self.board = board
+        self.streams = streams
+        self.line = line
+        self.horizon = horizon
+        self.refits = refits
+        self.epoch = 0
+        self.version = NO_VERSION
+        #: Where the weights of `version` are, as it was published.
+        self.weights = ""
+
+    async def take(self, version: int) -> None:
+        """Take the run in a new epoch, at `version` (NO_VERSION: wherever it is).
+
+        Raises:
+            SettingsError: Another trainer holds it.
+            BrokerError: Redis is away, or refuses us.
+        """
+        url = self.settings.redis_url
+        before = await retry(self.board.read, what="read the board", deadline_s=REACH_S, url=url)
+        # It may be repeated: the token is ours.
+        seized = await retry(
+            lambda: seize(self.board, self.token, self.settings, version),
+            what="take the run",
+            deadline_s=REACH_S,
+            url=url,
+        )
+        self.epoch, self.version = seized.epoch, seized.version
+        if before is not None and before[0].version == self.version:
+            self.weights = before[0].weights
+
+    async def fence(self) -> list[int]:
+        """Put the token into every partition; returns the position of the last prompt fed to each.
+
+        Raises:
+            SupersededError: A younger trainer has opened the run.
+        """
+        useful = self.horizon(self.version)
+        return [
+            await streams.open(self.token, self.epoch, self.version, useful)
+            for streams in self.streams
+        ]
+
+    async def retake(self) -> bool:
+        """Take a run that Redis lost, in a new epoch; False if another trainer was faster."""
+        s = self.settings
+        seized = await retry(
+            lambda: self.board.seize(
+                self.token,
+                int(s.lease_s * 1000),
+                self.token,
+                shape(s),
+                version=self.version,
+                take_over=False,
+                above=self.epoch,
+            ),
+            what="open the run anew",
+            deadline_s=None,
+        )
+        if seized.ok:
+            self.epoch = seized.epoch
+            await retry(self.fence, what="fence the partitions anew", deadline_s=None)
+        return seized.ok
+
+    async def keep(self, reconcile: Callable[[], Awaitable[None]]) -> None:
+        """Keep the lease until cancelled; after an outage, `reconcile` what Redis may have lost.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        while True:
+            await asyncio.sleep(self.settings.lease_s / 3)
+            await self.line(
+                lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
+                "renew the trainer's lease",
+            )
+            if self.line.suspect:
+                self.line.suspect = False
+                await self.line(reconcile, "look for what an outage lost")
+
+    async def announce(self) -> None:
+        """Put the version on the board and into the fences.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        useful = self.horizon(self.version)
+        await self.say(
+            f"publish version {self.version}",
+            version=self.version,
+            weights=self.weights,
+            published_ms=int(time.time() * 1000),
+            min_useful=useful,
+            refits=int(self.refits()),
+        )
+        for streams in self.streams:
+            await self.line(
+                lambda streams=streams: streams.advance(self.token, self.version, useful),  # type: ignore[misc]
+                f"advance to version {self.version}",
+            )
+
+    async def say(self, what: str, **fields: int | str) -> None:
+        """Write `fields` on the board; `what` names it in logs.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        await self.line(lambda: self.board.publish(self.token, fields), what)
+
+    async def release(self) -> None:
+        """Let go of the run at once, if it was ever taken."""
+        if self.epoch:
+            await self.board.release(self.token)
