@@ -8,7 +8,8 @@
   (id + log-probability) and about a hundred bytes besides.
 """
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import msgpack
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from rollfleet_common.errors import CodecError, InvalidPromptError, OversizeError, SchemaError
 from rollfleet_common.messages import Bool, Header, Int32, Kind, Prompt, Sample, VersionSpans
+from rollfleet_common.scan import unpack, unpack_usual
 
 __all__ = [
     "ARRAY_DTYPES",
@@ -47,6 +49,13 @@ MAX_DIMS = 8
 
 _I4 = np.dtype("<i4")
 _F4 = np.dtype("<f4")
+
+#: A prompt and its completion, the usual mask, is a window on the one edge that all such masks have.
+_REACH = 1 << 20
+_TWO_RUNS = struct.Struct("<2i").unpack
+_EDGE: Bool = np.zeros(2 * _REACH, np.bool_)
+_EDGE[_REACH:] = True
+_EDGE.flags.writeable = False
 
 
 def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
@@ -200,51 +209,63 @@ def mask_runs(mask: Bool) -> Int32:
     return bounds[1:] - bounds[:-1]
 
 
-def expand_mask(runs: Int32) -> Bool:
-    """The inverse of :func:`mask_runs`: bool[sum of runs]."""
-    if len(runs) == 2:
-        prompt, completion = runs.tolist()
-        mask = np.ones(prompt + completion, np.bool_)
-        mask[:prompt] = False
-        return mask
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+def expand_mask(runs: Sequence[int]) -> Bool:
+    """The inverse of :func:`mask_runs`: bool[sum of runs], read-only."""
+    mask = np.zeros(sum(runs), np.bool_)
+    end = 0
+    for k, run in enumerate(runs):
+        if k & 1:
+            mask[end : end + run] = True
+        end += run
+    mask.flags.writeable = False
+    return mask
 
 
 def decode_samples(packed: bytes) -> tuple[Sample, ...]:
-    """The inverse of :func:`encode_samples`. Arrays are read-only.
+    """The inverse of :func:`encode_samples`.
+
+    Arrays are read-only, and large ones are views into `packed`, at any alignment: whoever keeps one
+    keeps all of it.
 
     Raises:
         SchemaError: It is of another wire version.
         CodecError: It is no payload of ours.
     """
-    (samples,) = _fields(packed, "payload", (list,))
+    usual = unpack_usual(packed)
+    if usual is not None:
+        return (_unpack_sample(usual, 0),)
+    (samples,) = _fields(packed, "payload", (list,), unpack)
     return tuple(_unpack_sample(sample, i) for i, sample in enumerate(samples))
 
 
 def _unpack_sample(raw: Any, i: int) -> Sample:
     try:
         ids = _array(raw["ids"], _I4, "ids")
-        runs = _array(raw["mask"], _I4, "mask")
         return Sample(
-            token_ids=ids,
-            loss_mask=_mask(runs, len(ids)),
-            logprobs=_array(raw["lp"], _F4, "lp"),
-            versions=VersionSpans(_array(raw["vs"], _I4, "vs"), _array(raw["vv"], _I4, "vv")),
-            reward=float(raw["r"]),
-            components=_numbers(raw.get("c", {}), "c"),
-            arrays={str(k): _unpack_array(v, k) for k, v in raw.get("a", {}).items()},
-            metrics=_numbers(raw.get("m", {}), "m"),
-            finish_reason=str(raw["f"]),
+            ids,
+            _mask(raw["mask"], len(ids)),
+            _array(raw["lp"], _F4, "lp"),
+            VersionSpans(_array(raw["vs"], _I4, "vs"), _array(raw["vv"], _I4, "vv")),
+            float(raw["r"]),
+            _numbers(raw["c"], "c") if "c" in raw else {},
+            {str(k): _unpack_array(v, k) for k, v in raw["a"].items()} if "a" in raw else {},
+            _numbers(raw["m"], "m") if "m" in raw else {},
+            str(raw["f"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CodecError) as exc:
         raise CodecError(f"payload, sample {i}: {type(exc).__name__}: {exc}") from exc
 
 
-def _mask(runs: Int32, tokens: int) -> Bool:
+def _mask(raw: Any, tokens: int) -> Bool:
+    # The usual one, a prompt and its completion, is most of what there is to decode.
+    if type(raw) is bytes and len(raw) == 8:
+        prompt, completion = _TWO_RUNS(raw)
+        if prompt >= 0 <= completion and prompt + completion == tokens <= _REACH:
+            return _EDGE[_REACH - prompt : _REACH + completion]
     # The sum is taken in Python's integers, and before anything is allocated from it.
-    lengths = runs.tolist()
-    if min(lengths, default=0) < 0 or sum(lengths) != tokens:
-        raise CodecError(f"mask runs {lengths[:8]} do not add up to {tokens} tokens")
+    runs: list[int] = _array(raw, _I4, "mask").tolist()
+    if sum(runs) != tokens or min(runs, default=0) < 0:
+        raise CodecError(f"mask runs {runs[:8]} do not add up to {tokens} tokens")
     return expand_mask(runs)
 
 
@@ -264,17 +285,24 @@ def _unpack_array(raw: Any, name: Any) -> npt.NDArray[Any]:
 
 
 def _array(data: Any, dtype: "np.dtype[Any]", what: str) -> npt.NDArray[Any]:
-    if not isinstance(data, bytes):
-        raise CodecError(f"{what} is a {type(data).__name__}, not bytes")
-    if len(data) % dtype.itemsize:
-        raise CodecError(f"{what} has {len(data)} bytes, no multiple of {dtype.itemsize}")
-    return np.frombuffer(data, dtype)
+    try:
+        return np.frombuffer(data, dtype)
+    except (TypeError, ValueError, AttributeError) as exc:
+        if not isinstance(data, bytes | memoryview):
+            raise CodecError(f"{what} is a {type(data).__name__}, not bytes") from exc
+        raise CodecError(f"{what} has {len(data)} bytes, no multiple of {dtype.itemsize}") from exc
 
 
-def _fields(packed: bytes, what: str, types: tuple[type, ...]) -> list[Any]:
+def _plain(packed: bytes) -> Any:
+    return msgpack.unpackb(packed, strict_map_key=False)
+
+
+def _fields(
+    packed: bytes, what: str, types: tuple[type, ...], read: Callable[[bytes], Any] = _plain
+) -> list[Any]:
     """The fields of a message after its schema version, their number and types checked."""
     try:
-        raw = msgpack.unpackb(packed, strict_map_key=False)
+        raw = read(packed)
     except Exception as exc:
         raise CodecError(f"{what} of {len(packed)} bytes is not msgpack: {exc}") from exc
     if type(raw) is not list or not raw or type(raw[0]) is not int:

@@ -13,6 +13,10 @@ from rollfleet.groups import Group
 from rollfleet_common.messages import NO_VERSION, Rollout
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from rollfleet.device import Made
+    from rollfleet.microbatch import MicroBatches
     from rollfleet.tensors import TensorBatch
 
 __all__ = ["Batch"]
@@ -35,8 +39,10 @@ class Batch:
     groups: list[Group] = field(repr=False)
     #: "handed", "trained" or "committed".
     state: str = "handed"
-    #: Options of :func:`rollfleet.collate` for `tensors`.
+    #: Options of :func:`rollfleet.collate` for `tensors`, and the `device` that they are to be on.
     collate: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: The tensors, if they are being made already.
+    ahead: "Future[Made] | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Samples in the batch."""
@@ -52,11 +58,38 @@ class Batch:
 
     @cached_property
     def tensors(self) -> "TensorBatch":
-        """The padded tensors; see :class:`rollfleet.TensorBatch` for shapes and dtypes."""
-        from rollfleet.collate import collate  # noqa: PLC0415 - torch is optional
+        """The padded tensors; see :class:`rollfleet.TensorBatch` for shapes and dtypes.
 
-        # A metric that some rollouts lack is no reason to fail in the middle of training.
-        return collate(self.rollouts, **{"missing": "fill", **self.collate})
+        Ask for them in the thread, and under the stream, that will use them.
+
+        Raises:
+            SettingsError: `collate` names a CUDA device, and there is none.
+        """
+        from rollfleet.device import tensors_of  # noqa: PLC0415 - torch is optional
+
+        ahead, self.ahead = self.ahead, None
+        return tensors_of(self.rollouts, self.collate, ahead)
+
+    def micro_batches(self, budget_tokens: int, **options: Any) -> "MicroBatches":
+        """The batch in pieces that a forward pass has room for; packed, unless told otherwise.
+
+        Args:
+            budget_tokens: What each may hold, padding included.
+            options: Of :func:`rollfleet.micro_batches`, over those of `collate`; each is moved to
+                the `device` when its turn comes.
+
+        Raises:
+            ValueError: An option that cannot be, or a row that is refused.
+        """
+        from rollfleet.microbatch import micro_batches  # noqa: PLC0415 - torch is optional
+
+        said: dict[str, Any] = {"missing": "fill", **self.collate, **options}
+        return micro_batches(self.rollouts, budget_tokens=budget_tokens, **said)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it was asked for its tensors."""
+        return "tensors" in vars(self)
 
     @property
     def staleness(self) -> list[int]:

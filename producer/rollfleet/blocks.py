@@ -90,13 +90,17 @@ def allocate(
         total += -(-field.nbytes // _ALIGN) * _ALIGN
     if pin and torch.cuda.is_available():
         block = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    else:
-        block = _POOL.take(total)
+        # By torch's own views, so that its allocator knows whose memory a copy reads.
+        return {
+            name: block[at : at + wanted[name].nbytes]
+            .view(_torch_dtype(wanted[name].dtype))
+            .view(wanted[name].shape)
+            for name, at in offsets.items()
+        }
+    root = _POOL.take(total).numpy()
     return {
-        name: block[at : at + wanted[name].nbytes]
-        .view(_torch_dtype(wanted[name].dtype))
-        .view(wanted[name].shape)
-        for name, at in offsets.items()
+        name: torch.from_numpy(np.ndarray(field.shape, field.dtype, root, offsets[name]))
+        for name, field in wanted.items()
     }
 
 

@@ -56,9 +56,16 @@ class Commits:
         rollouts: Mapping[str, list[Rollout]],
         version: int,
         waited_s: float,
-    ) -> Batch:
-        """Plan a batch of `groups`, judged fresh at `version`, and make it."""
+    ) -> Batch | None:
+        """Plan a batch of `groups`, judged fresh at `version`, and make it.
+
+        None if Redis turned out to have lost the run: its groups were sent again.
+        """
+        life = self.consumer.life
         number = await self.write(groups, version)
+        if self.consumer.life != life:
+            await self.withdraw(number)
+            return None
         self.consumer.hand(groups)
         return self.opened(number, groups, rollouts, version, waited_s)
 

@@ -8,7 +8,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import structlog
@@ -18,6 +18,7 @@ from rollfleet.bias import BiasMeter
 from rollfleet.groups import Group, Groups, Member
 from rollfleet.guarded import Guarded
 from rollfleet.line import Line
+from rollfleet.patience import News
 from rollfleet.rollback import History
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import partition_of
@@ -82,8 +83,8 @@ class Consumer:
         self.evals: dict[str, Group] = {}
         #: Groups that are in a batch which is not committed yet.
         self.handed: dict[str, Group] = {}
-        #: Set whenever something arrived, for those who wait.
-        self.news = asyncio.Event()
+        #: Of whatever arrived, for those who wait.
+        self.news = News()
         #: Batch of an earlier life by group: served first and in that order.
         self.replay: dict[str, int] = {}
         #: (group, index) trained since the last checkpoint.
@@ -291,17 +292,24 @@ class Consumer:
         members = group.members.values()
         return self.on_rollback == "drop" and any(self.history.lost(m.header) for m in members)
 
-    def choose(self, samples: int) -> list[Group]:
-        """Ready groups, in the policy's order, until they hold `samples`, if there are so many."""
+    def choose(self, samples: int, besides: Collection[str] = frozenset()) -> list[Group]:
+        """Ready groups, in the policy's order, until they hold `samples`, if there are so many.
+
+        `besides` are passed over, as are groups that are waited for by name.
+        """
         chosen: list[Group] = []
-        for group in sorted(self.ready.values(), key=self._order):
-            if group.name in self.reserved:
-                continue
+        for group in self.in_order(besides):
             if samples <= 0:
                 break
             chosen.append(group)
             samples -= len(group.members)
         return chosen
+
+    def in_order(self, besides: Collection[str] = frozenset()) -> Iterator[Group]:
+        """All that :meth:`choose` would ever take, one by one."""
+        for group in sorted(self.ready.values(), key=self._order):
+            if group.name not in self.reserved and group.name not in besides:
+                yield group
 
     def _order(self, group: Group) -> tuple[float, ...]:
         replay = self.replay.get(group.name, float("inf"))

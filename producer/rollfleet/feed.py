@@ -2,6 +2,7 @@
 
 - Any iterable feeds; it may block (a DataLoader does). A few items are pulled ahead of what is
   submitted, and numbered in order: the number is the position in the data set.
+- A stateful source's states are kept by position: what was pulled ahead is not lost with them.
 - A bad prompt is refused with its position and field; nothing of it is sent.
 """
 
@@ -10,12 +11,13 @@ import contextlib
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import structlog
 
+from rollfleet.sources import STRIDE, Mark, Marks, Stateful, mark_of
 from rollfleet_common.errors import InvalidPromptError, RollfleetError
 from rollfleet_common.keys import check_name
 from rollfleet_common.messages import Int32, Kind, Prompt
@@ -124,6 +126,8 @@ class Feeder:
         group_size: Samples of a prompt.
         loop: Where prompts are taken.
         again: Positions below `skip` that are to be submitted all the same.
+        stood: Where a stateful source stood; not beyond the first position that is due.
+        oldest: Asked, in the loop, for the oldest position that must stay within reach.
     """
 
     def __init__(
@@ -132,9 +136,17 @@ class Feeder:
         skip: int,
         group_size: int,
         loop: asyncio.AbstractEventLoop,
-        again: Container[int] = (),
+        again: Collection[int] = (),
+        stood: Mark | None = None,
+        oldest: Callable[[], int] | None = None,
     ) -> None:
         self.source = source
+        self.stood = stood
+        #: Where the source stood at the positions that may be due again.
+        self.marks = Marks()
+        #: Everything below was submitted.
+        self.reached = min((skip, *again))
+        self._oldest: Callable[[], int] = oldest or (lambda: self.reached)
         self.skip = skip
         self.again = again
         self.group_size = group_size
@@ -147,6 +159,8 @@ class Feeder:
         self._some = asyncio.Event()
         self._room = threading.Semaphore(AHEAD)
         self._stopped = threading.Event()
+        if stood is not None:
+            self.marks.add(stood, self.reached)
         self._thread = threading.Thread(target=self._pull, name="rollfleet-feed", daemon=True)
 
     def start(self) -> None:
@@ -186,12 +200,12 @@ class Feeder:
     def took(self, count: int) -> None:
         """The first `count` prompts were submitted."""
         for _ in range(count):
-            self._ready.popleft()
+            self.reached = self._ready.popleft().position + 1
             self._room.release()
 
     def _pull(self) -> None:
         try:
-            for position, item in enumerate(self._items()):
+            for position, item in self._items():
                 if self._stopped.is_set():
                     return
                 if position < self.skip and position not in self.again:
@@ -211,13 +225,29 @@ class Feeder:
         else:
             self._tell(lambda: setattr(self, "exhausted", True))
 
-    def _items(self) -> Iterator[Any]:
-        for item in self.source:
+    def _items(self) -> Iterator[tuple[int, Any]]:
+        """Items by position, from where the source stood."""
+        source, position = self.source, 0
+        if self.stood is not None and isinstance(source, Stateful):
+            source.load_state_dict(self.stood.state)
+            position = self.stood.position
+        items = iter(source)
+        if self.stood is None:
+            self._keep(mark_of(source, position))
+        kept = position
+        for item in items:
             # A DataLoader with `collate_fn=list` yields lists of items.
-            if isinstance(item, list) and item and isinstance(item[0], Mapping | Prompt):
-                yield from item
-            else:
-                yield item
+            several = isinstance(item, list) and item and isinstance(item[0], Mapping | Prompt)
+            for each in item if several else [item]:
+                yield position, each
+                position += 1
+            if position >= kept + STRIDE:
+                self._keep(mark_of(source, position))
+                kept = position
+
+    def _keep(self, mark: Mark | None) -> None:
+        if mark is not None:
+            self._tell(lambda: self.marks.add(mark, self._oldest()))
 
     def _tell(self, change: Callable[[], Any]) -> None:
         def apply() -> None:

@@ -1,26 +1,26 @@
 """Waiting for groups: the next batch of any, a batch of these very prompts, or an evaluation.
 
 - Nothing leaves here that was not judged at the version it leaves with: if one was published while
-  payloads were loaded, everything is judged again.
+  payloads were loaded, or since a batch was prepared, everything is judged again.
 - Every wait is bounded, logs what it waits for, and ends in a StarvedError that says so. Nothing
   that came is lost by that.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Self
-
-import structlog
+from typing import Any
 
 from rollfleet.batch import Batch
 from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import Consumer
 from rollfleet.groups import Group
+from rollfleet.patience import Patience
 from rollfleet.payloads import Payloads
+from rollfleet.prefetch import Prefetcher
 from rollfleet.settings import TrainerSettings
 from rollfleet.submit import Submitter
 from rollfleet_common.errors import BrokerUnavailableError, SettingsError, StarvedError
@@ -29,12 +29,8 @@ from rollfleet_common.redis import retry
 
 __all__ = ["Gather"]
 
-log = structlog.get_logger("rollfleet.trainer")
-
 #: How long a waiting trainer goes without looking at the ledger itself.
 LOOK_S = 1.0
-#: How often a trainer that waits says why.
-SAY_S = 30.0
 #: How often a prompt that is given up is submitted in one `batch_of`.
 TRIES = 8
 
@@ -43,7 +39,10 @@ class Gather:
     """Gathers groups for one trainer.
 
     `version()` is the trainer's, `check()` raises what failed in the background, `reason()` says
-    what the fleet is waiting for.
+    what the fleet is waiting for; tensors are made ahead in `thread`.
+
+    Whoever plans batches of his own ahead calls :meth:`pick` and, when he hands one over,
+    :meth:`recheck` and :meth:`must_wait`; what he picked stays ready, in the books and here.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class Gather:
         version: Callable[[], int],
         check: Callable[[], None],
         reason: Callable[[], Awaitable[str]],
+        thread: Executor,
     ) -> None:
         self.settings = settings
         self.consumer = consumer
@@ -70,6 +70,17 @@ class Gather:
         self.reason = reason
         #: One gathers at a time: two would choose the same groups.
         self._turn = asyncio.Lock()
+        self.ahead = Prefetcher(
+            depth=settings.prefetch,
+            per_version=settings.samples_per_version,
+            payloads=payloads,
+            consumer=consumer,
+            commits=commits,
+            version=version,
+            last=self._last,
+            turn=self._turn,
+            thread=thread,
+        )
 
     async def submit(self, item: Any, limit_s: float) -> str:
         """Submit one prompt when there is room for it; returns its group's name.
@@ -77,7 +88,7 @@ class Gather:
         Raises:
             StarvedError: There was none within `limit_s`.
         """
-        async with _Patience("room for one more prompt", limit_s, self.reason):
+        async with Patience("room for one more prompt", limit_s, self.reason):
             return await self.submitter.submit(item)
 
     async def next(self, want: int, limit_s: float) -> Batch | None:
@@ -88,47 +99,116 @@ class Gather:
             SettingsError: They could never be outstanding at once.
         """
         self._fit(want)
-        async with self._turn:
-            return await self._next(want, limit_s)
-
-    async def _next(self, want: int, limit_s: float) -> Batch | None:
         began = time.monotonic()
-        async with _Patience(f"a batch of {want} samples", limit_s, self.reason) as patience:
+        async with Patience(f"a batch of {want} samples", limit_s, self.reason) as patience:
             while True:
-                version = self.version()
-                groups = await self._fresh(want, patience)
-                if not groups:
-                    return None
-                rollouts = await self.payloads.load(groups, version)
-                fresh = [group for group in groups if group.name in rollouts]
-                enough = sum(len(group.members) for group in fresh) >= want
-                # Published meanwhile, or some fell out: judge and choose again.
-                if version == self.version() and (enough or (fresh and self._last(fresh, want))):
-                    break
-        return await self.commits.hand_over(fresh, rollouts, version, time.monotonic() - began)
+                seen = self.consumer.news.count
+                async with self._turn:
+                    version = self.version()
+                    groups = await self._fresh(want)
+                    if groups is not None and not groups:
+                        return None
+                    batch = await self._take(groups, want, version, began) if groups else None
+                if batch is not None:
+                    return batch
+                if groups is None:
+                    await self._news(patience, seen)
 
-    async def _fresh(self, want: int, patience: "_Patience") -> list[Group]:
-        """Wait for `want` fresh samples; fewer (or none) when the feed has ended."""
+    async def _take(
+        self, groups: Sequence[Group], want: int, version: int, began: float
+    ) -> Batch | None:
+        """The batch of `groups`, judged at `version`; None if it must be chosen again."""
+        before = sum(len(g.members) for g in groups if self.payloads.holds(g))
+        self.payloads.keep_only([*groups, *self.ahead.groups])
+        rollouts = await self.payloads.load(groups, version)
+        fresh = [group for group in groups if group.name in rollouts]
+        # Some fell out, or a version was published meanwhile.
+        if _samples(fresh) < want and not (fresh and self._last(fresh, want)):
+            return None
+        if version != self.version():
+            return None
+        batch = await self.commits.hand_over(fresh, rollouts, version, time.monotonic() - began)
+        if batch is not None:
+            batch.counted = {**batch.counted, "rollfleet/prefetched": before / len(batch)}
+            self.payloads.release(fresh)
+            self.ahead.handed(batch, want)
+        return batch
+
+    async def pick(
+        self, want: int, patience_s: float, besides: Collection[str] = frozenset()
+    ) -> list[Group]:
+        """Groups of `want` samples, judged fresh now and not loaded; they stay ready.
+
+        Args:
+            want: Samples.
+            patience_s: Longest wait.
+            besides: Groups that are not to be taken: those of batches planned before this one.
+
+        Returns:
+            Fewer when the feed has ended, none when nothing is left.
+
+        Raises:
+            StarvedError: They did not come within `patience_s`.
+            SettingsError: They could never be outstanding at once.
+        """
+        self._fit(want)
+        async with Patience(f"{want} samples", patience_s, self.reason) as patience:
+            while True:
+                seen = self.consumer.news.count
+                async with self._turn:
+                    groups = await self._fresh(want, besides)
+                if groups is not None:
+                    return groups
+                await self._news(patience, seen)
+
+    async def recheck(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of `groups` that may still be trained on at this moment, in order.
+
+        What became stale is dropped and counted. What a Redis that lost the run took with it is
+        only left out: it is sent again.
+        """
+        ready = self.consumer.ready
+        return await self.consumer.sweep([g for g in groups if ready.get(g.name) is g])
+
+    async def _fresh(self, want: int, besides: Collection[str] | None = None) -> list[Group] | None:
+        """`want` fresh samples; fewer (or none) when the feed has ended; None: not yet.
+
+        Args:
+            want: Samples.
+            besides: As in :meth:`pick`; None for the next batch, which may be a prepared one.
+        """
         while True:
             self.check()
-            self.consumer.news.clear()
-            chosen = self.consumer.choose(want)
+            others = besides or frozenset()
+            chosen = (
+                self.ahead.choose(want) if besides is None else self.consumer.choose(want, besides)
+            )
             groups = await self.consumer.sweep(chosen)
-            enough = sum(len(group.members) for group in groups) >= want
-            if enough and not self._must_wait(groups):
+            if _samples(groups) >= want and not self.must_wait(groups, others):
                 return groups
             if len(groups) < len(chosen):
                 continue  # others may be ready in place of those that were dropped
-            if self._last(groups, want):
-                return groups
-            await self._news(patience)
+            return groups if self._last(groups, want, others) and await self._over() else None
 
-    def _must_wait(self, groups: Sequence[Group]) -> bool:
-        """Whether the policy has this batch wait for what is still to come."""
+    async def _over(self) -> bool:
+        """Whether nothing more will come, by the ledger: the count here may be too low for a while.
+
+        A submit that is answered before a commit that Redis carried out first counts its credit twice.
+        """
+        books = await self.submitter.line(self.submitter.books, "read the ledger")
+        self.pacer.outstanding = max(self.pacer.outstanding, books.outstanding)
+        return self.ended
+
+    def must_wait(self, groups: Sequence[Group], besides: Collection[str] = frozenset()) -> bool:
+        """Whether the policy has a batch of `groups` wait, at this moment, for what is to come.
+
+        `besides` are groups of batches that go before it.
+        """
         policy, version = self.consumer.policy, self.version()
         if not policy.waits:
             return False
-        ready, chosen = self.consumer.ready, {group.name for group in groups}
+        ready = self.consumer.ready
+        chosen = {group.name for group in groups} | set(besides)
         submitted = self.submitter.submitted
         coming = [
             submitted[name]
@@ -139,12 +219,15 @@ class Gather:
         left = [g.oldest for g in ready.values() if g.name not in chosen for _ in g.members]
         each = self.settings.samples_per_version
         given = self.commits.given[1] if self.commits.given[0] == version else 0
-        spare = max(each - given - sum(len(group.members) for group in groups), 0)
+        given += _samples([ready[name] for name in chosen if name in ready])
+        spare = max(each - given, 0)
         return policy.must_wait(coming, version, left=left, per_version=each, spare=spare)
 
-    def _last(self, groups: Sequence[Group], want: int) -> bool:
+    def _last(
+        self, groups: Sequence[Group], want: int, besides: Collection[str] = frozenset()
+    ) -> bool:
         """Whether these are all that is left, and nothing more will come."""
-        return self.ended and len(groups) == len(self.consumer.choose(want))
+        return self.ended and len(groups) == len(self.consumer.choose(want, besides))
 
     @property
     def ended(self) -> bool:
@@ -162,31 +245,31 @@ class Gather:
             SettingsError: They could never be outstanding at once.
         """
         self._fit(len(items) * self.settings.group_size)
-        async with self._turn:
-            return await self._batch_of(items, limit_s)
+        async with Patience(f"{len(items)} groups", limit_s, self.reason) as patience, self._turn:
+            try:
+                return await self._batch_of(items, patience)
+            finally:
+                self.consumer.reserved = set()
 
-    async def _batch_of(self, items: Sequence[Any], limit_s: float) -> Batch:
-        began = time.monotonic()
+    async def _batch_of(self, items: Sequence[Any], patience: Patience) -> Batch:
         wanted: dict[str, tuple[Any, int]] = {}
-        try:
-            async with _Patience(f"{len(items)} groups", limit_s, self.reason) as patience:
-                for item in items:
-                    await self._want(wanted, item, 1)
-                while True:
-                    self.check()
-                    self.consumer.news.clear()
-                    version = self.version()
-                    ready = self.consumer.ready
-                    fresh = await self.consumer.sweep([ready[g] for g in wanted if g in ready])
-                    whole = len(fresh) == len(wanted)
-                    rollouts = await self.payloads.load(fresh, version) if whole else {}
-                    if len(rollouts) == len(wanted) and version == self.version():
-                        break
-                    await self._again(wanted)
-                    await self._news(patience)
-            return await self.commits.hand_over(fresh, rollouts, version, time.monotonic() - began)
-        finally:
-            self.consumer.reserved = set()
+        for item in items:
+            await self._want(wanted, item, 1)
+        while True:
+            self.check()
+            seen = self.consumer.news.count
+            version, ready = self.version(), self.consumer.ready
+            fresh = await self.consumer.sweep([ready[g] for g in wanted if g in ready])
+            whole = len(fresh) == len(wanted)
+            rollouts = await self.payloads.load(fresh, version) if whole else {}
+            if len(rollouts) == len(wanted) and version == self.version():
+                waited_s = time.monotonic() - patience.began
+                batch = await self.commits.hand_over(fresh, rollouts, version, waited_s)
+                if batch is not None:
+                    self.payloads.release(fresh)
+                    return batch
+            await self._again(wanted)
+            await self._news(patience, seen)
 
     async def evaluate(self, items: Sequence[Any], limit_s: float) -> list[list[Rollout]]:
         """Run `items` outside of pacing and staleness; returns their rollouts, in order.
@@ -196,17 +279,14 @@ class Gather:
         Raises:
             StarvedError: They did not come in time.
         """
-        async with _Patience(f"{len(items)} evaluations", limit_s, self.reason) as patience:
+        async with Patience(f"{len(items)} evaluations", limit_s, self.reason) as patience:
             names = [await self.submitter.submit(item, kind=Kind.EVAL) for item in items]
             evals = self.consumer.evals
             while not all(name in evals for name in names):
                 self.check()
-                self.consumer.news.clear()
-                await self._news(patience)
+                await self._news(patience, self.consumer.news.count)
         groups = [evals.pop(name) for name in names]
-        loaded = await self.payloads.load(
-            [group for group in groups if group.members], self.version()
-        )
+        loaded = await self.payloads.read([group for group in groups if group.members])
         await self.consumer.finish(groups)
         return [loaded.get(name, []) for name in names]
 
@@ -235,52 +315,16 @@ class Gather:
                 raise StarvedError(f"prompt {item!r:.200} was given up {tried} times")
             await self._want(wanted, item, tried + 1)
 
-    async def _news(self, patience: "_Patience") -> None:
-        """Wait for an arrival, a moment at most; then look at the ledger's truth."""
+    async def _news(self, patience: Patience, seen: int) -> None:
+        """Wait for an arrival after `seen`, a moment at most; then look at the ledger's truth."""
         await patience.say()
         try:
             async with asyncio.timeout(LOOK_S):
-                await self.consumer.news.wait()
+                await self.consumer.news.wait(seen)
         except TimeoutError:
             with suppress(BrokerUnavailableError):
                 await retry(self.submitter.look, what="read the ledger", deadline_s=LOOK_S)
 
 
-class _Patience:
-    """A bound on a wait, whatever it hangs in, that knows what was waited for."""
-
-    def __init__(self, what: str, limit_s: float, reason: Callable[[], Awaitable[str]]) -> None:
-        self.what = what
-        self.limit_s = limit_s
-        self.reason = reason
-        self.began = time.monotonic()
-        self._say_at = self.began + SAY_S
-        self._timeout = asyncio.timeout(limit_s)
-        self._late = TimeoutError()
-
-    async def __aenter__(self) -> Self:
-        await self._timeout.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        late = exc is self._late
-        try:
-            await self._timeout.__aexit__(kind, exc, tb)
-        except TimeoutError:
-            late = True
-        if late:
-            raise StarvedError(
-                f"{self.what} did not come within {self.limit_s:g} s: {await self.reason()}"
-            ) from None
-
-    async def say(self) -> None:
-        """Now and then, log what is waited for."""
-        if self._timeout.expired():
-            raise self._late  # its cancellation was lost on the way (rollfleet_common.tasks)
-        now = time.monotonic()
-        if now >= self._say_at:
-            self._say_at = now + SAY_S
-            why = await self.reason()
-            log.warning("waiting", for_s=round(now - self.began), what=self.what, why=why)
+def _samples(groups: Sequence[Group]) -> int:
+    return sum(len(group.members) for group in groups)

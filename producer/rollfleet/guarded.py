@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rollfleet.freshness import DropStale, Mask, Policy, SegmentWise, StandardPPO, Wait
+from rollfleet.freshness import BasePolicy, DropStale, Mask, Policy, SegmentWise, StandardPPO, Wait
 from rollfleet.groups import Group
 from rollfleet.orders import FreshestFirst, OldestFirst, Order, Windowed
 from rollfleet_common.errors import PolicyError, RollfleetError, SettingsError
@@ -127,6 +127,19 @@ class Guarded:
     def waits(self) -> bool:
         """Whether the policy ever asks for samples to be waited for."""
         return callable(getattr(self.policy, "must_wait", None))
+
+    @property
+    def by_version(self) -> bool:
+        """Whether what `refine` answers may depend on the version.
+
+        A policy that does not refine does not; of any other it is assumed, unless it says
+        otherwise with ``refines_by_version = False``.
+        """
+        said = getattr(self.policy, "refines_by_version", None)
+        if said is not None:
+            return bool(said)
+        refine = getattr(self.policy.refine, "__func__", None)
+        return refine is not BasePolicy.refine
 
     def _call(self, what: str, call: Callable[[], T]) -> T:
         try:

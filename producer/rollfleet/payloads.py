@@ -2,9 +2,16 @@
 
 - What cannot be used drops its group with a reason (``lost``, ``corrupt``, ``rejected``, or what
   the policy says), and the ledger gets its credit back: never a hang, never a hole in a batch.
+- What was loaded is kept until its group is handed over or let go of, so that a batch that is cut
+  again loads only what it lacks. Payload bytes are let go of as they are decoded.
+- The event loop is never held up by a batch: large pieces are decoded in a thread.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from operator import is_
 
 import structlog
 
@@ -24,16 +31,18 @@ log = structlog.get_logger("rollfleet.trainer")
 
 #: Bytes of payloads asked for in one reply.
 FETCH_BYTES = 2 << 20
+#: Bytes of payloads from which a thread costs less than it saves.
+THREAD_BYTES = 1 << 18
 
 #: Told the rollouts of a group, by index; False drops it.
 Accept = Callable[[Sequence[Rollout]], bool]
 
 
 class Payloads:
-    """Loads groups for one trainer.
+    """Loads groups for one trainer, and keeps what it loaded until it is handed over.
 
     `drop(groups, reason)` is told of those that are no use; `life()` counts how often Redis lost
-    the run.
+    the run; what is large is decoded in `thread`.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class Payloads:
         line: Line,
         policy: Guarded,
         history: History,
+        thread: Executor,
     ) -> None:
         self.streams = streams
         self.accept = accept
@@ -53,31 +63,91 @@ class Payloads:
         self.line = line
         self.policy = policy
         self.history = history
+        self.thread = thread
+        self._kept: dict[str, _Kept] = {}
+
+    async def read(self, groups: Sequence[Group]) -> dict[str, list[Rollout]]:
+        """Rollouts by group, by index, as they came; without groups that were dropped.
+
+        Nothing is kept: this is for evaluations.
+        """
+        read: dict[str, list[Rollout]] = {}
+        for piece in _pieces(groups):
+            read.update((group.name, rollouts) for group, rollouts in await self._read(piece))
+        return read
 
     async def load(self, groups: Sequence[Group], version: int) -> dict[str, list[Rollout]]:
         """Rollouts by group, by index, refined at `version`; without groups that were dropped.
 
-        Nothing at all if Redis lost the run meanwhile: the groups are sent again.
+        What is kept is not loaded again. Nothing at all if Redis lost the run meanwhile: the groups
+        are sent again.
         """
         life = self.life()
+        for piece in self.missing(groups):
+            await self.hold(piece)
+            if self.life() != life:
+                return {}
         loaded: dict[str, list[Rollout]] = {}
-        for partition in {group.partition for group in groups}:
-            here = [group for group in groups if group.partition == partition]
-            for some in _pieces(here):
-                payloads = await self._fetch(partition, some)
-                for group in some:
-                    rollouts, reason = self._decode(group, payloads)
-                    if not reason and group.kind is Kind.TRAIN:
-                        rollouts, reason = self._refine(rollouts, version)
-                    if reason == "lost":
-                        await self.line.revive()
-                    if self.life() != life:
-                        return {}
-                    if reason:
-                        await self.drop([group], reason)
-                    else:
-                        loaded[group.name] = rollouts
+        for group in groups:
+            if not self.holds(group):
+                continue  # dropped
+            kept = self._kept[group.name]
+            if reason := self._refine(kept, version):
+                del self._kept[group.name]
+                await self.drop([group], reason)
+            else:
+                loaded[group.name] = kept.refined
         return loaded if self.life() == life else {}
+
+    async def hold(self, groups: Sequence[Group]) -> None:
+        """Fetch, decode and keep a piece of :meth:`missing`; what is no use is dropped."""
+        for group, rollouts in await self._read(groups):
+            dated = [self.history.redate(rollout) for rollout in rollouts]
+            self._kept[group.name] = _Kept(group, dated)
+
+    async def _read(self, groups: Sequence[Group]) -> list[tuple[Group, list[Rollout]]]:
+        """Groups of one partition that are of use, with their rollouts; none if the run was lost."""
+        life = self.life()
+        payloads = await self._fetch(groups[0].partition, groups)
+        if sum(map(_bytes, groups)) < THREAD_BYTES:
+            decoded = self._decode_all(groups, payloads)
+        else:
+            loop = asyncio.get_running_loop()
+            decoded = await loop.run_in_executor(self.thread, self._decode_all, groups, payloads)
+        good: list[tuple[Group, list[Rollout]]] = []
+        for group, (rollouts, reason) in zip(groups, decoded, strict=True):
+            if reason == "lost":
+                await self.line.revive()
+            if self.life() != life:
+                return []
+            if reason:
+                await self.drop([group], reason)
+            else:
+                good.append((group, rollouts))
+        return good if self.life() == life else []
+
+    def missing(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Those of `groups` that are not kept, in pieces that :meth:`hold` takes."""
+        return _pieces([group for group in groups if not self.holds(group)])
+
+    def holds(self, group: Group) -> bool:
+        """Whether this very group is kept; after a revival, another may have its name."""
+        kept = self._kept.get(group.name)
+        return kept is not None and kept.group is group
+
+    @property
+    def samples(self) -> int:
+        """How many are kept."""
+        return sum(len(kept.rollouts) for kept in self._kept.values())
+
+    def keep_only(self, groups: Iterable[Group]) -> None:
+        """Let go of all but `groups`."""
+        self._kept = {g.name: self._kept[g.name] for g in groups if self.holds(g)}
+
+    def release(self, groups: Iterable[Group]) -> None:
+        """Let go of `groups`."""
+        for group in groups:
+            self._kept.pop(group.name, None)
 
     async def _fetch(self, partition: int, groups: Sequence[Group]) -> dict[str, bytes | None]:
         headers = [member.header for group in groups for member in group.members.values()]
@@ -119,29 +189,63 @@ class Payloads:
             rollouts.append(Rollout(header, samples))
         return rollouts, ""
 
-    def _refine(self, rollouts: list[Rollout], version: int) -> tuple[list[Rollout], str]:
-        """As they are to be trained on, or why not."""
-        dated = [self.history.redate(rollout) for rollout in rollouts]
-        refined = self.policy.refine(dated, version)
+    def _decode_all(
+        self, groups: Sequence[Group], payloads: dict[str, bytes | None]
+    ) -> list[tuple[list[Rollout], str]]:
+        return [self._decode(group, payloads) for group in groups]
+
+    def _refine(self, kept: "_Kept", version: int) -> str:
+        """Make `kept` what is to be trained on at `version`; or why it cannot be.
+
+        Nobody is asked twice about the same: not the policy at the same version, and `accept` not
+        unless the policy has changed what it accepted.
+        """
+        if kept.at == version or (kept.at is not None and not self.policy.by_version):
+            return ""
+        refined = self.policy.refine(kept.rollouts, version)
         if isinstance(refined, str):
-            return [], refined
-        if self.accept is not None and not self.accept(refined):
-            return [], "rejected"
-        return list(refined), ""
+            return refined
+        asked = kept.at is not None and all(map(is_, refined, kept.refined))
+        if not asked and self.accept is not None and not self.accept(refined):
+            return "rejected"
+        kept.refined, kept.at = list(refined), version
+        return ""
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A group that was loaded."""
+
+    group: Group
+    #: As they came, dated in the trainer's history.
+    rollouts: list[Rollout]
+    #: As they are to be trained on at version `at`.
+    refined: list[Rollout] = field(default_factory=list)
+    at: int | None = None
 
 
 def _pieces(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Groups in order, about :data:`FETCH_BYTES` at a time, so that two copies of little exist."""
-    piece: list[Group] = []
-    size = 0
-    for group in groups:
-        piece.append(group)
-        size += sum(member.header.payload_bytes for member in group.members.values())
-        if size >= FETCH_BYTES:
+    """Groups of one partition each, in order, about :data:`FETCH_BYTES` at a time.
+
+    So that two copies of little exist.
+    """
+    for partition in dict.fromkeys(group.partition for group in groups):
+        piece: list[Group] = []
+        size = 0
+        for group in groups:
+            if group.partition != partition:
+                continue
+            piece.append(group)
+            size += _bytes(group)
+            if size >= FETCH_BYTES:
+                yield piece
+                piece, size = [], 0
+        if piece:
             yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+
+
+def _bytes(group: Group) -> int:
+    return sum(member.header.payload_bytes for member in group.members.values())
 
 
 def _check_header(header: Header, samples: Sequence[Sample], where: str) -> None:

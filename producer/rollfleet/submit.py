@@ -2,6 +2,8 @@
 
 - The server remembers the position of the last fed prompt it took, so a feed that begins anew
   resumes where it stood, and a repeat after a lost reply sends nothing twice.
+- A stateful source is put back where it stood at the checkpoint, and read on from there up to what
+  the server has.
 - A prompt that could never fit is refused at once, with the arithmetic.
 """
 
@@ -17,6 +19,7 @@ from rollfleet.capacity import Pacer
 from rollfleet.feed import Feeder, to_prompt
 from rollfleet.line import Line
 from rollfleet.settings import TrainerSettings
+from rollfleet.sources import Mark, Stateful
 from rollfleet_common.errors import InvalidPromptError, SettingsError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.ledger import Books
@@ -49,6 +52,7 @@ class Submitter:
         out: Takes the prompts of the groups that are out, in case Redis forgets them.
         cursor: Position of the last prompt that was fed before; -1 if none was.
         again: Positions up to that which are to be fed again.
+        stood: Where a stateful source stood at the checkpoint.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Submitter:
         out: MutableMapping[str, Prompt],
         cursor: int,
         again: frozenset[int] = frozenset(),
+        stood: Mark | None = None,
     ) -> None:
         self.token = token
         self.prefix = prefix
@@ -78,6 +83,7 @@ class Submitter:
         self.version = version
         self.cursor = cursor
         self.again = again
+        self.stood = stood
         self.out = out
         #: The version at which each of them was submitted.
         self.submitted: dict[str, int] = {}
@@ -104,9 +110,41 @@ class Submitter:
         if skip:
             log.info("resuming the feed", skip=skip)
         self.fed = False
-        loop = asyncio.get_running_loop()
-        self.feeder = Feeder(source, skip, self.settings.launched, loop, again)
+        self.feeder = Feeder(
+            source,
+            skip,
+            self.settings.launched,
+            asyncio.get_running_loop(),
+            again,
+            self._stood(source, min((skip, *again))),
+            self._oldest,
+        )
         self.feeder.start()
+
+    def _stood(self, source: Iterable[Any], due: int) -> Mark | None:
+        """The checkpoint's place in `source`, if the prompt of position `due` can be had from it."""
+        stood, self.stood = self.stood, None
+        if stood is None:
+            return None
+        if not isinstance(source, Stateful):
+            why = "the source has no load_state_dict"
+        elif stood.position > due:
+            why = f"Redis lost what was submitted since position {due}"
+        else:
+            return stood
+        log.warning("the source is read from its beginning", why=why, stood=stood.position)
+        return None
+
+    def _oldest(self) -> int:
+        """The oldest position that a trainer that resumes from now might have to feed."""
+        reached = self.cursor + 1 if self.feeder is None else self.feeder.reached
+        return min((reached, *(p.position for p in self.out.values() if p.position >= 0)))
+
+    @property
+    def source_state(self) -> dict[str, Any] | None:
+        """Where the source of the feed stands, as a checkpoint must know it; None if it cannot say."""
+        mark = self.stood if self.feeder is None else self.feeder.marks.before(self._oldest())
+        return None if mark is None else mark.as_dict()
 
     async def feed(self) -> None:
         """Submit until the source is exhausted.

@@ -8,7 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rollfleet_common.messages import NO_VERSION, Header
 
-__all__ = ["GroupStats", "TensorBatch", "group_stats"]
+__all__ = ["GroupStats", "Scored", "TensorBatch", "group_stats", "map_tensors", "staleness_of"]
 
 _Array = npt.NDArray[Any]
+_Batch = TypeVar("_Batch", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class TensorBatch:
 
         Rows that train nothing are 0 versions behind.
         """
-        return torch.where(self.oldest == NO_VERSION, 0, version - self.oldest)
+        return staleness_of(self.oldest, version)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TensorBatch":
         """The batch with its tensors on `device`; lists, headers and names stay where they are."""
@@ -86,14 +87,24 @@ class TensorBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TensorBatch":
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = change(value)
-            elif field.name in ("components", "metrics", "arrays"):
-                changed[field.name] = {key: change(tensor) for key, tensor in value.items()}
-        return replace(self, **changed)
+        return map_tensors(self, change)
+
+
+def staleness_of(oldest: Tensor, version: int) -> Tensor:
+    """int64[B]: versions between `version` and `oldest`, 0 where nothing is trained."""
+    return torch.where(oldest == NO_VERSION, 0, version - oldest)
+
+
+def map_tensors(batch: _Batch, change: Callable[[Tensor], Tensor]) -> _Batch:
+    """A batch with every tensor changed, those of its dicts, too."""
+    changed: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif field.name in ("components", "metrics", "arrays"):
+            changed[field.name] = {key: change(tensor) for key, tensor in value.items()}
+    return replace(batch, **changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +119,58 @@ class GroupStats:
     size: Tensor
 
 
-def group_stats(batch: TensorBatch, *, correction: int = 1) -> GroupStats:
+class Scored(Protocol):
+    """Rows with rewards: a batch in any form, or micro-batches before they are collated."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """float32[B]."""
+        ...
+
+    @property
+    def group_ids(self) -> Tensor:
+        """int64[B], 0 .. G-1."""
+        ...
+
+    @property
+    def rollout_ids(self) -> Tensor:
+        """int64[B], 0 .. R-1; -1 for a row of none."""
+        ...
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """Of the R rollouts."""
+        ...
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the G groups."""
+        ...
+
+
+def group_stats(batch: Scored, *, correction: int = 1) -> GroupStats:
     """Mean and standard deviation of rewards by group, each rollout counted once.
 
-    A rollout that forked counts with the reward of its first row, as its header does.
+    A rollout that forked counts with the reward of its first row, as its header does. A group of
+    which there is no row (in a micro-batch) has a mean and deviation of NaN.
 
     Args:
-        batch: On any device; the statistics are made there.
+        batch: In any form, on any device; the statistics are made there.
         correction: Subtracted from a group's size under the variance, as in `torch.std`: 1 as most
             GRPO trainers do, 0 for the population's.
     """
     rows, groups = len(batch.rewards), len(batch.groups)
     device = batch.rewards.device
-    first = torch.full((len(batch.headers),), rows, device=device)
+    # One place more, for rows of no rollout.
+    first = torch.full((len(batch.headers) + 1,), rows, device=device)
     order = torch.arange(rows, device=device)
-    first = first.scatter_reduce(0, batch.rollout_ids, order, "amin")
-    rewards, ids = batch.rewards[first], batch.group_ids[first]
+    first = first.scatter_reduce(0, batch.rollout_ids + 1, order, "amin")[1:]
+    here = (first < rows).long()
+    first = first.clamp(max=rows - 1)
+    rewards, ids = batch.rewards[first], batch.group_ids[first].clamp(min=0)
     zeros = torch.zeros(groups, device=device)
-    size = torch.zeros(groups, dtype=torch.int64, device=device)
-    size = size.index_add(0, ids, torch.ones_like(ids))
-    mean = zeros.index_add(0, ids, rewards) / size
-    squares = zeros.index_add(0, ids, (rewards - mean[ids]).square())
-    return GroupStats(mean, (squares / (size - correction).clamp(min=1)).sqrt(), size)
+    size = torch.zeros(groups, dtype=torch.int64, device=device).index_add(0, ids, here)
+    mean = zeros.index_add(0, ids, rewards * here) / size
+    squares = zeros.index_add(0, ids, (rewards - mean[ids]).square() * here)
+    variance = squares / (size - correction).clamp(min=1)
+    return GroupStats(mean, torch.where(size > 0, variance.sqrt(), mean), size)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollfleet.blocks import BlockPool
-from rollfleet.collate import TensorBatch, collate, group_stats
+from rollfleet.collating import TensorBatch, collate, group_stats
 from rollfleet_common.codec import encode_samples
 from rollfleet_common.errors import CodecError
 from rollfleet_common.messages import Header, Kind, Rollout, Sample, VersionSpans

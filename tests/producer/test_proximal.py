@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rollfleet.collate import collate
+from rollfleet.collating import collate
 from rollfleet.proximal import (
     proximal_logprobs,
     segment_mask,
