@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+VLLM_VENV ?= .vllm-venv
+TRL_VENV ?= .trl-venv
 EXTRAS := dev
 
-.PHONY: help install demo test check format bench chaos faults mutants matrix clean
+.PHONY: help install demo vllm demo-vllm test check format bench chaos faults mutants matrix trl clean
 
 help:
 	@echo "make demo     install into $(VENV) and run the main job: a small model learns through the fleet"
@@ -16,6 +18,9 @@ help:
 	@echo "make chaos    random faults for SECONDS (60) from SEED (1), judged by an oracle"
 	@echo "make faults   every fault of the matrix once; rewrites the table in docs/reliability.md"
 	@echo "make mutants  a planted bug for every promise: the oracle must catch them all"
+	@echo "make vllm     a real vLLM on this machine's CPUs (3.5 GB), and the client's tests against it"
+	@echo "make demo-vllm  the demo with real vLLM servers in place of the tiny one"
+	@echo "make trl      TRL's own trainer on a fleet, in $(TRL_VENV): killed, resumed, counted"
 	@echo "make matrix   the core's tests on other servers and redis-py releases"
 
 # pip reads the user's own settings (pip.conf, PIP_INDEX_URL, ...): choose a CPU or CUDA build there.
@@ -62,6 +67,26 @@ mutants: install
 
 matrix: install
 	$(BIN)/python -m tests.matrix --cache .matrix
+
+# A vLLM has an environment of its own: it pins hundreds of packages. The second run finds it there.
+$(VLLM_VENV)/vllm.json: tests/vllm/install.py
+	$(PYTHON) tests/vllm/install.py $(VLLM_VENV)
+	touch $@
+
+vllm: install $(VLLM_VENV)/vllm.json
+	$(BIN)/python tests/vllm/run.py --vllm $(VLLM_VENV)/bin/vllm
+
+demo-vllm: install $(VLLM_VENV)/vllm.json
+	$(BIN)/rollfleet demo --engine vllm --vllm $(VLLM_VENV)/bin/vllm
+
+# An environment of its own: the suite need not carry transformers, datasets and all that is theirs.
+$(TRL_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) -e ".[dev,trl]" "trl==1.16.0"
+	touch $@
+
+trl: $(TRL_VENV)/.installed
+	$(TRL_VENV)/bin/python -m pytest tests/producer/test_trl_trainer.py tests/producer/test_trl_adapter.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

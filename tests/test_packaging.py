@@ -100,3 +100,16 @@ def test_torch_is_named_where_it_is_missing() -> None:
     said = run(sys.executable, "-c", code)
     assert said.returncode == 1
     assert "torch" in said.stderr
+
+
+def test_every_public_name_is_the_same_thing_each_time_it_is_asked_for() -> None:
+    """A module of the same name would take the place of a function once it was imported."""
+    code = (
+        "import rollfleet, types\n"
+        "for name in rollfleet.__all__:\n"
+        "    first, second = getattr(rollfleet, name), getattr(rollfleet, name)\n"
+        "    assert first is second and not isinstance(second, types.ModuleType), name\n"
+        "print('fine')"
+    )
+    said = run(sys.executable, "-c", code)
+    assert (said.returncode, said.stdout) == (0, "fine\n"), said.stderr

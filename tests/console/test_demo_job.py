@@ -339,7 +339,7 @@ def test_a_short_run_with_a_killed_worker_balances(tmp_path: Path) -> None:
 
 def _tampered_logs_are_caught(folder: Path) -> None:
     trained = list(read_trained(folder / "trained.jsonl"))
-    lines = list(read_made(folder / "tokens.jsonl"))
+    lines = list(read_made(folder / "server-1.tokens.jsonl"))
     assert len(lines) >= len(trained)
     old = [replace(line, truth=tuple(v - 3 for v in line.truth)) for line in lines]
     found = audit(trained, old)

@@ -1,55 +1,24 @@
 """The vLLM client against a real vLLM, which is the judge of it and of the recorded shapes.
 
 Wants a server that nobody else uses, started with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out,
-at ROLLFLEET_VLLM_URL; a context of 2,048 to 16,384 tokens and 8 sequences at once will do. On a
-machine of few cores, leave one to its API server (VLLM_CPU_OMP_THREADS_BIND): a starved one learns
-of a pause when the generation is over. With ROLLFLEET_VLLM_MODEL (the served model's folder) logprobs are compared with a direct forward pass.
+at ROLLFLEET_VLLM_URL; a context of 2,048 to 16,384 tokens and 8 sequences at once will do.
 """
 
 import asyncio
-import os
 from dataclasses import replace
 from typing import get_args
 
-import aiohttp
 import numpy as np
 import pytest
+from fixtures.real_vllm import LONG, URL, needs_model, request_of, running
 
 from rollfleet_common.errors import EngineRefusedError, EngineUnavailableError
-from rollfleet_worker.inference.engine import Request, Sampling
 from rollfleet_worker.inference.pool import EnginePool
+from rollfleet_worker.inference.segments import Resumer
 from rollfleet_worker.inference.siblings import SiblingEngine
 from rollfleet_worker.inference.vllm import Route, VllmEngine
 
-URL = os.environ.get("ROLLFLEET_VLLM_URL", "")
-MODEL = os.environ.get("ROLLFLEET_VLLM_MODEL", "")
 ROUTES: list[Route] = ["generate", "completions"]
-#: Tokens that take a tiny model some seconds: time enough to interrupt it.
-LONG = 1500
-
-pytestmark = pytest.mark.skipif(
-    not URL, reason="ROLLFLEET_VLLM_URL is not set: no real vLLM to test against"
-)
-
-
-def request_of(prompt=(5, 6, 7, 8), version=3, **sampling):
-    sampling = {"max_tokens": 12, "extra": {"ignore_eos": True}, **sampling}
-    return Request(np.array(prompt, np.int32), Sampling(**sampling), "group", version)
-
-
-@pytest.fixture
-async def control():
-    """The server's control routes; whatever a test did to versions and pauses is undone."""
-    async with aiohttp.ClientSession(URL, raise_for_status=True) as session:
-
-        async def post(path, **payload):
-            async with session.post(path, json=payload) as response:
-                return await response.json()
-
-        await post("/update_weight_version", new_version="default")
-        yield post
-        await post("/resume")
-        await post("/update_weight_version", new_version="default")
 
 
 @pytest.fixture(params=ROUTES)
@@ -57,23 +26,6 @@ async def engine(request, control):
     made = VllmEngine(URL, route=request.param, timeout_s=300.0)
     yield made
     await made.close()
-
-
-async def running(task, at_least=1):
-    """Until the server itself says that so many requests are running, and `task` is not done."""
-    async with aiohttp.ClientSession(URL, raise_for_status=True) as session, asyncio.timeout(30):
-        while True:
-            async with session.get("/metrics") as response:
-                text = await response.text()
-            counts = [
-                float(line.split()[-1])
-                for line in text.splitlines()
-                if line.startswith("vllm:num_requests_running")
-            ]
-            assert not task.done(), "it was over before the server could be asked: see LONG"
-            if sum(counts) >= at_least:
-                return
-            await asyncio.sleep(0.01)
 
 
 async def test_ids_logprobs_and_versions(engine):
@@ -116,19 +68,21 @@ async def test_a_seed_repeats_itself_and_a_stop_token_stops(engine):
     assert third.finish_reason == "stop"
 
 
-@pytest.mark.skipif(not MODEL, reason="ROLLFLEET_VLLM_MODEL is not set: no weights to compare with")
-async def test_logprobs_are_those_of_a_direct_forward_pass(engine):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    request = request_of(max_tokens=200)
+@needs_model
+async def test_logprobs_are_those_of_a_direct_forward_pass(engine, forward):
+    request = request_of(version=0, max_tokens=200)
     (made,) = await engine.generate(request)
-    ids = np.concatenate([request.token_ids, made.token_ids]).astype(np.int64)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids)[None]).logits[0, len(request.token_ids) - 1 : -1]
-    logprobs = torch.log_softmax(logits, -1).numpy()
-    direct = logprobs[np.arange(200), made.token_ids]
-    assert np.abs(direct - made.logprobs).max() < 2e-3
+    forward.judge(request.token_ids, made)
+
+
+@needs_model
+async def test_token_ids_are_those_that_were_sent_and_sampled(engine, forward):
+    # Every id of the vocabulary, special ones too: text would not bring them back.
+    request = request_of(prompt=range(128), version=0, max_tokens=64, temperature=2.0)
+    (made,) = await engine.generate(request)
+    assert made.token_ids.min() >= 0
+    assert made.token_ids.max() < 128
+    forward.judge(request.token_ids, made)
 
 
 async def test_a_new_version_under_load_splits_the_spans(engine, control):
@@ -153,7 +107,8 @@ async def test_a_new_version_under_load_splits_the_spans(engine, control):
 @pytest.mark.parametrize("n", [1, 3])
 async def test_an_abort_is_resumed_on_the_original_budget(engine, control, n):
     await control("/update_weight_version", new_version="4")
-    task = asyncio.create_task(engine.generate(request_of(version=4, max_tokens=LONG), n))
+    request = request_of(version=4, max_tokens=LONG)
+    task = asyncio.create_task(Resumer(engine).generate(request, n))
     await running(task, n)
     await control("/pause?mode=abort")
     await control("/update_weight_version", new_version="5")
@@ -170,7 +125,7 @@ async def test_an_abort_is_resumed_on_the_original_budget(engine, control, n):
 
 async def test_an_abort_before_the_first_token_is_asked_again(engine, control):
     await control("/pause?mode=abort")
-    task = asyncio.create_task(engine.generate(request_of()))
+    task = asyncio.create_task(Resumer(engine).generate(request_of()))
     aborted = 0
     while not aborted:
         aborted = (await control("/abort_requests"))["aborted"]

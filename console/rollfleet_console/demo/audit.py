@@ -100,6 +100,12 @@ class Audit:
     by_step: dict[int, Counter[int]] = field(default_factory=dict)
     #: Tokens in the server's log.
     tokens_made: int = 0
+    #: Whom the labels were held against.
+    witness: str = "the servers' log of the weights that made each token"
+    #: Where log-probabilities are the evidence: the largest difference found under a label's
+    #: weights, and the share of tokens that the weights next to them would not give as well.
+    largest_gap: float = 0.0
+    told_apart: float = 1.0
 
     @property
     def staleness(self) -> Counter[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rollfleet_console.demo.model import Policy
+from rollfleet_console.demo.model import CausalPolicy
 
 __all__ = ["GrpoTrainer", "StepReport", "group_advantages", "grpo_loss"]
 
@@ -87,7 +87,9 @@ def grpo_loss(
 class GrpoTrainer:
     """A policy and its optimiser. Not thread-safe."""
 
-    def __init__(self, policy: Policy, *, lr: float = 3e-4, max_grad_norm: float = 1.0) -> None:
+    def __init__(
+        self, policy: CausalPolicy, *, lr: float = 3e-4, max_grad_norm: float = 1.0
+    ) -> None:
         """A fresh AdamW over the policy's parameters."""
         self.policy = policy
         self.max_grad_norm = max_grad_norm

@@ -27,9 +27,9 @@ import torch
 import rollfleet
 from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_common.redis import connect_sync
-from rollfleet_console.demo.audit import audit, read_made, read_trained
-from rollfleet_console.demo.kill import Killer
-from rollfleet_console.demo.model import Policy, warm_start
+from rollfleet_console.demo.engines import DemoEngine, TinyEngine, VllmDemo
+from rollfleet_console.demo.kill import Killer, ServerKiller
+from rollfleet_console.demo.model import warm_start
 from rollfleet_console.demo.processes import Processes
 from rollfleet_console.demo.report import Outcome, draw, make_report, problems, write
 from rollfleet_console.demo.screen import Screen
@@ -43,8 +43,6 @@ GROUP_SIZE = 8
 WARM_STEPS = 18
 #: Steps over which the reward is averaged to say that it has reached a target.
 SMOOTH_STEPS = 10
-#: Longest wait for a batch before it is said that something is wrong; steps take a fraction of one.
-STARVE_S = 30.0
 #: Policies that keep every trained token within max_staleness; the others report its age.
 BOUNDED = ("drop", "mask")
 #: Of the examples of the warm start, so that they are not the prompts of the training.
@@ -70,17 +68,46 @@ class Options:
     target: float | None = None
     #: Leave logs and weights behind.
     keep: bool = False
+    #: "tiny": a server of our own; "vllm": the real one.
+    engine: str = "tiny"
+    #: The ``vllm`` command, where the engine is that.
+    vllm: Path | None = None
+    servers: int = 1
+    #: Kill an inference server with -9 after this step, and register another.
+    kill_server_at: int | None = None
 
     def __post_init__(self) -> None:
+        if self.engine not in ("tiny", "vllm"):
+            raise SettingsError(f"engine {self.engine!r} is none of tiny, vllm")
+        if self.kill_server_at is not None:
+            if not 1 <= self.kill_server_at <= self.steps:
+                raise SettingsError(
+                    f"kill_server_at is {self.kill_server_at}; the steps are 1 to {self.steps}"
+                )
+            if self.servers < 2:
+                raise SettingsError(
+                    "kill_server_at needs at least 2 servers, or nothing goes on until there is "
+                    "another: add --servers 2"
+                )
         if self.kill_worker_at is not None and not 1 <= self.kill_worker_at <= self.steps:
             raise SettingsError(
                 f"kill_worker_at is {self.kill_worker_at}; the steps are 1 to {self.steps}"
             )
-        if self.steps < 1 or self.workers < 1 or self.max_staleness < 0:
+        if min(self.steps, self.workers, self.servers) < 1 or self.max_staleness < 0:
             raise SettingsError(
-                f"steps ({self.steps}) and workers ({self.workers}) must be at least 1, and "
-                f"max_staleness ({self.max_staleness}) at least 0"
+                f"steps ({self.steps}), servers ({self.servers}) and workers ({self.workers}) must "
+                f"be at least 1, and max_staleness ({self.max_staleness}) at least 0"
             )
+
+    def make_engine(self, folder: Path) -> DemoEngine:
+        """The engine that was chosen, with its files in `folder`.
+
+        Raises:
+            RollfleetError: There is no vLLM where it should be.
+        """
+        if self.engine == "vllm":
+            return VllmDemo(folder, self.seed, self.vllm)
+        return TinyEngine(folder, self.seed)
 
 
 def main(given: Mapping[str, Any]) -> int:
@@ -120,16 +147,16 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
     began = time.monotonic()
     # One thread each for the trainer and the server: two cores are enough for the whole fleet.
     torch.set_num_threads(1)
-    policy = Policy(seed=options.seed)
+    engine = options.make_engine(folder)
     screen.say(f"warm start: {WARM_STEPS} steps of imitation, so that there is a reward to find")
-    warm_start(policy, WARM_STEPS, seed=WARM_SEED + options.seed)
+    warm_start(engine.policy, WARM_STEPS, seed=WARM_SEED + options.seed)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "trained.jsonl").open("w", encoding="utf-8"))
-        trainer = Trainer(policy, folder, log)
-        processes = Processes(folder)
+        trainer = Trainer(engine.policy, engine.write, log)
+        processes = Processes(folder, engine)
         stack.callback(processes.stop)
-        screen.say("starting Redis, the inference server and the workers")
-        processes.start_server(trainer.save(), trainer.version, options.seed)
+        screen.say(f"starting Redis, inference servers ({options.engine}) and workers")
+        processes.start_servers(options.servers, trainer.save(), trainer.version)
         fleet = stack.enter_context(
             rollfleet.connect(
                 "embedded://",
@@ -139,22 +166,23 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
                 group_size=GROUP_SIZE,
                 max_staleness=options.max_staleness,
                 policy=options.policy,
-                servers=[processes.server_url],
-                starve_s=STARVE_S,
+                servers=processes.server_urls,
+                starve_s=engine.starve_s,
             )
         )
         # Ahead of the fleet's end: workers whose Redis is gone would wait for it.
         stack.callback(processes.stop)
         processes.start_workers(options.workers, fleet.redis_url, RUN)
-        loop = _Loop(options, fleet, processes, screen)
-        loop.run(trainer)
+        loop = _Loop(options, fleet, processes, screen, trainer)
+        loop.run()
         screen.say("draining the workers")
         processes.drain_workers()
         books = fleet.books()
         screen.books(books)
         log.flush()
-        screen.say("holding the logs against each other")
-        found = audit(read_trained(folder / "trained.jsonl"), read_made(processes.token_log))
+        processes.count_tokens()
+        screen.say("holding what was trained on against what the servers made")
+        found = engine.audit(folder / "trained.jsonl")
         return Outcome(
             seed=options.seed,
             workers=options.workers,
@@ -169,6 +197,9 @@ def _run(options: Options, folder: Path, screen: Screen) -> Outcome:
             redis=_redis_name(fleet.redis_url),
             seconds_total=time.monotonic() - began,
             wanted_steps=options.steps if options.target is None else None,
+            engine=options.engine,
+            server_kills=loop.server_killer.kills,
+            server_tokens=dict(processes.server_tokens),
         )
 
 
@@ -176,17 +207,24 @@ class _Loop:
     """What happens around the training steps."""
 
     def __init__(
-        self, options: Options, fleet: rollfleet.Fleet, processes: Processes, screen: Screen
+        self,
+        options: Options,
+        fleet: rollfleet.Fleet,
+        processes: Processes,
+        screen: Screen,
+        trainer: Trainer,
     ) -> None:
         self.options = options
         self.fleet = fleet
         self.processes = processes
         self.screen = screen
+        self.trainer = trainer
         self.killer = Killer(processes, fleet.redis_url, RUN)
+        self.server_killer = ServerKiller(processes, fleet.redis_url, RUN)
         self.steps: list[Step] = []
         self._recent: deque[float] = deque(maxlen=SMOOTH_STEPS)
 
-    def run(self, trainer: Trainer) -> None:
+    def run(self) -> None:
         """Feed and train.
 
         Raises:
@@ -195,8 +233,9 @@ class _Loop:
         stopped = threading.Event()
         self.fleet.feed(feed(self.options.seed, stopped))
         try:
-            trainer.train(self.fleet, self.options.steps, self._after)
+            self.trainer.train(self.fleet, self.options.steps, self._after)
             self.killer.join()
+            self.server_killer.join()
         except RollfleetError:
             self.processes.check()  # what has ended is the better reason
             raise
@@ -211,6 +250,11 @@ class _Loop:
         if step.number == self.options.kill_worker_at:
             self.killer.kill_after(step.number)
             self.screen.say(f"step {step.number}: killing a worker with -9, and starting another")
+        if step.number == self.options.kill_server_at:
+            # The newest weights: those of the step before may be gone by the time they are read.
+            version = self.trainer.version
+            self.server_killer.kill_after(step.number, self.trainer.newest, version)
+            self.screen.say(f"step {step.number}: killing a server with -9, and adding another")
         self.screen.step(step, self.fleet.books)
         target = self.options.target
         reached = target is not None and sum(self._recent) / SMOOTH_STEPS >= target

@@ -24,6 +24,7 @@ from rollfleet_console.demo.task import ANSWER_TOKENS, VOCABULARY, encode, promp
 __all__ = [
     "MAX_TOKENS",
     "Cache",
+    "CausalPolicy",
     "Policy",
     "PolicyShape",
     "greedy_accuracy",
@@ -90,7 +91,25 @@ class _Block(nn.Module):
         return x + mlp
 
 
-class Policy(nn.Module):
+class CausalPolicy(nn.Module):
+    """What a trainer needs of a policy."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """float32[rows, seq, vocabulary]: the next token's logits after each of ids int64[rows, seq]."""
+        raise NotImplementedError
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        """float32[rows, seq]: log-probability of each token of ids int64[rows, seq].
+
+        Aligned with `ids`: entry t belongs to token t given the tokens before it, so the first
+        column, which nothing predicts, is 0.
+        """
+        scores = self.logits(ids[:, :-1]).log_softmax(-1)
+        chosen = scores.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return functional.pad(chosen, (1, 0))
+
+
+class Policy(CausalPolicy):
     """The model that the demo trains and serves."""
 
     #: int64[]: which weights these are; set by the trainer before each :func:`save`.
@@ -136,16 +155,6 @@ class Policy(nn.Module):
                 x, functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             )
         return self._read_out(x)
-
-    def logprobs(self, ids: Tensor) -> Tensor:
-        """float32[rows, seq]: log-probability of each token of ids int64[rows, seq].
-
-        Aligned with `ids`: entry t belongs to token t given the tokens before it, so the first
-        column, which nothing predicts, is 0.
-        """
-        scores = self.logits(ids[:, :-1]).log_softmax(-1)
-        chosen = scores.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-        return functional.pad(chosen, (1, 0))
 
     def new_cache(self, rows: int) -> Cache:
         """An empty cache with room for `rows` sequences."""
@@ -254,7 +263,7 @@ def load_into(policy: Policy, path: Path) -> None:
             tensor.copy_(tensors[name])
 
 
-def warm_start(policy: Policy, steps: int = 30, batch: int = 256, *, seed: int = 0) -> float:
+def warm_start(policy: CausalPolicy, steps: int = 30, batch: int = 256, *, seed: int = 0) -> float:
     """Teach the policy the format, and a little of the task, by imitation of right answers.
 
     Args:

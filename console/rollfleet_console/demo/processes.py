@@ -1,4 +1,4 @@
-"""The demo's other processes: one inference server, and workers as anyone would start them.
+"""The demo's other processes: inference servers, and workers as anyone would start them.
 
 - None of them outlives this process, however it ends; each writes to a log of its own.
 - Ctrl-C in the terminal does not reach them: they are ended in order by whoever started them.
@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from rollfleet_common.child import GuardedChild
 from rollfleet_common.errors import RollfleetError
+from rollfleet_console.demo.engines import DemoEngine, ServerProcess, made_tokens, tail
 from rollfleet_console.demo.task import ANSWER_TOKENS
 
 __all__ = ["LEASE_S", "SLOTS", "Processes"]
@@ -25,7 +25,6 @@ SLOTS = 192
 #: Short, so that a killed worker's prompts are taken over while one watches.
 LEASE_S = 3.0
 DRAIN_S = 10.0
-START_TIMEOUT_S = 60.0
 POLL_S = 0.02
 #: A right answer ends itself; a little more than its length lets a wrong one be seen to run on.
 MAX_TOKENS = ANSWER_TOKENS + 1
@@ -36,39 +35,59 @@ class Processes:
     """What the demo starts and ends. Logs go to `folder`."""
 
     folder: Path
-    server_url: str = ""
+    engine: DemoEngine
+    #: Servers that should be alive, by name.
+    servers: dict[str, ServerProcess] = field(default_factory=dict)
+    #: What servers have made, by name: tokens as their own metrics count them, -1 if killed.
+    server_tokens: dict[str, int] = field(default_factory=dict)
     #: Workers that should be alive, by name.
     workers: dict[str, GuardedChild] = field(default_factory=dict)
     #: How workers ended: 0 is a drained one, -9 a killed one.
     exit_codes: dict[str, int | None] = field(default_factory=dict)
     _started: int = 0
-    _server: GuardedChild | None = None
+    _servers_started: int = 0
+    _ended: bool = False
     _worker_command: list[str] = field(default_factory=list)
 
     @property
-    def token_log(self) -> Path:
-        """Where the server writes what really made each token."""
-        return self.folder / "tokens.jsonl"
+    def server_urls(self) -> list[str]:
+        """Where the living servers serve."""
+        return [server.url for server in self.servers.values()]
 
-    def start_server(self, weights: Path, version: int, seed: int) -> None:
-        """Start the inference server, and wait until it serves.
+    def start_servers(self, count: int, weights: Path, version: int) -> None:
+        """Start `count` inference servers side by side, and wait until all of them serve.
 
         Raises:
-            RollfleetError: It did not; the message has the end of its log.
+            RollfleetError: One did not; the message has the end of its log.
         """
-        log = self.folder / "server.log"
-        command = ["-m", "rollfleet_console.demo.server", "--weights", str(weights)]
-        command += ["--version", str(version), "--seed", str(seed), "--port", "0"]
-        command += ["--token-log", str(self.token_log), "--threads", "1"]
-        self._server = GuardedChild([sys.executable, *command], log=log)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.server_url:
-            if not self._server.alive() or time.monotonic() > deadline:
-                raise RollfleetError(f"the inference server did not start{_tail(log)}")
-            for line in log.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    self.server_url = str(json.loads(line)["url"])
-            time.sleep(POLL_S)
+        names = [self.launch_server(weights, version) for _ in range(count)]
+        for name in names:
+            self.engine.wait(self.servers[name], version)
+
+    def launch_server(self, weights: Path, version: int) -> str:
+        """Start one more server, without waiting for it; returns its name."""
+        self._servers_started += 1
+        name = f"server-{self._servers_started}"
+        server = self.engine.start(name, weights, version)
+        self.servers[name] = server
+        if self._ended:
+            server.end(signal.SIGKILL)
+        return name
+
+    def kill_server(self) -> tuple[str, str]:
+        """Kill the oldest server with -9; returns its name and where it served."""
+        name = next(iter(self.servers))
+        # Taken off the list first: whoever checks it meanwhile must not take this for an accident.
+        server = self.servers.pop(name)
+        server.end(signal.SIGKILL)
+        self.server_tokens[name] = -1
+        return name, server.url
+
+    def count_tokens(self) -> None:
+        """Ask the living servers what they have made."""
+        for name, server in self.servers.items():
+            if (tokens := made_tokens(server.url)) is not None:
+                self.server_tokens[name] = tokens
 
     def start_workers(self, count: int, redis_url: str, run: str) -> None:
         """Start `count` workers for a run; they are at work a second later."""
@@ -76,7 +95,8 @@ class Processes:
             *(sys.executable, "-m", "rollfleet_console", "worker"),
             *("--redis-url", redis_url, "--run", run),
             *("--workflow", "rollfleet_console.demo.workflow:Sort"),
-            *("--server", self.server_url, "--slots", str(SLOTS), "--max-tokens", str(MAX_TOKENS)),
+            *(part for url in self.server_urls for part in ("--server", url)),
+            *("--slots", str(SLOTS), "--max-tokens", str(MAX_TOKENS)),
             # The verifier compares nine ids: less work than sending them to another process.
             *("--reward-processes", "0"),
             *("--lease-s", str(LEASE_S), "--drain-s", str(DRAIN_S)),
@@ -107,13 +127,13 @@ class Processes:
         Raises:
             RollfleetError: A process did; the message has the end of its log.
         """
-        if self._server is not None and not self._server.alive():
-            tail = _tail(self.folder / "server.log")
-            raise RollfleetError(f"the inference server ended: {self._server.returncode}{tail}")
+        for name, server in list(self.servers.items()):
+            if not server.alive():
+                raise RollfleetError(f"{name} ended: {server.returncode}{tail(server.log)}")
         for name, worker in list(self.workers.items()):
             if not worker.alive():
-                tail = _tail(self.folder / f"{name}.log")
-                raise RollfleetError(f"{name} ended by itself: {worker.returncode}{tail}")
+                said = tail(self.folder / f"{name}.log")
+                raise RollfleetError(f"{name} ended by itself: {worker.returncode}{said}")
 
     def drain_workers(self) -> None:
         """SIGTERM: workers finish what they have, hand back the rest, and end. Idempotent."""
@@ -138,13 +158,7 @@ class Processes:
         for worker in self.workers.values():
             worker.end(signal.SIGKILL)
         self.workers.clear()
-        if self._server is not None:
-            self._server.end(signal.SIGTERM)
-
-
-def _tail(log: Path, lines: int = 8) -> str:
-    """The end of a log, for an error message."""
-    with contextlib.suppress(OSError):
-        if text := log.read_text(errors="replace").strip().splitlines()[-lines:]:
-            return f"; {log.name} ends with:\n" + "\n".join(text)
-    return f"; {log.name} is empty"
+        # A server that is just being started must not be forgotten.
+        self._ended = True
+        for server in list(self.servers.values()):
+            server.end(signal.SIGTERM)

@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,13 +18,15 @@ from rollfleet import Books
 from rollfleet_console.demo.audit import Audit
 from rollfleet_console.demo.trainer import Step
 
-__all__ = ["Kill", "Outcome", "draw", "make_report", "problems", "write"]
+__all__ = ["Kill", "Outcome", "ServerKill", "draw", "make_report", "problems", "write"]
 
 #: Steps at each end that the reward is averaged over.
 EDGE_STEPS = 5
 #: The reward that runs are compared by, and over how many steps it is averaged.
 TARGET = 0.7
 SMOOTH_STEPS = 10
+#: Of the tokens whose log-probability is the evidence of who made them.
+MIN_APART = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,17 @@ class Kill:
     started: str
     #: Leases that it held, just before.
     leases: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerKill:
+    """An inference server that was killed with -9, and the one that was registered for it."""
+
+    step: int
+    killed: str
+    started: str
+    #: From the kill to the new one's registration.
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,11 @@ class Outcome:
     seconds_total: float
     #: None: as many as it took.
     wanted_steps: int | None
+    #: "tiny" or "vllm".
+    engine: str = "tiny"
+    server_kills: Sequence[ServerKill] = ()
+    #: Tokens that each server has made by its own count; -1: it was killed.
+    server_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def make_report(outcome: Outcome) -> dict[str, Any]:
@@ -107,6 +125,12 @@ def make_report(outcome: Outcome) -> dict[str, Any]:
             for part in ("wait", "train", "publish")
         },
         "kills": [asdict(kill) for kill in outcome.kills],
+        "engine": outcome.engine,
+        "server_kills": [asdict(kill) for kill in outcome.server_kills],
+        "server_tokens": dict(outcome.server_tokens),
+        "witness": found.witness,
+        "largest_gap": found.largest_gap,
+        "told_apart": found.told_apart,
         "worker_exit_codes": dict(outcome.exit_codes),
         "redis": outcome.redis,
         "curve": [
@@ -162,6 +186,11 @@ def problems(report: Mapping[str, Any]) -> list[str]:
         )
     if report["wanted_steps"] not in (None, report["steps"]):
         wrong.append(f"{report['steps']} steps of {report['wanted_steps']} were made")
+    if report["told_apart"] < MIN_APART:
+        wrong.append(
+            f"only {report['told_apart']:.0%} of the tokens could be told from those of the next "
+            f"weights: the audit of versions says little"
+        )
     if bad := {name: code for name, code in report["worker_exit_codes"].items() if code}:
         killed = {kill["killed"] for kill in report["kills"]}
         if unexpected := {name: code for name, code in bad.items() if name not in killed}:

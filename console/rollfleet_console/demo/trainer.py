@@ -19,16 +19,13 @@ import torch
 
 from rollfleet import Batch, Fleet, RollfleetError, TensorBatch
 from rollfleet_console.demo.grpo import GrpoTrainer, StepReport, group_advantages
-from rollfleet_console.demo.model import Policy, save
+from rollfleet_console.demo.model import CausalPolicy
 from rollfleet_console.demo.task import encode, prompts
 
 if TYPE_CHECKING:
     import threading
 
 __all__ = ["Step", "Trainer", "feed"]
-
-#: Weight files that stay: a server reads the newest one only, before publish returns.
-KEPT_WEIGHTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +69,24 @@ def feed(seed: int, stopped: "threading.Event") -> Iterator[dict[str, Any]]:
 class Trainer:
     """A policy in training. Not thread-safe."""
 
-    policy: Policy
-    #: Where weight files go.
-    folder: Path
+    policy: CausalPolicy
+    #: Writes the policy's weights under a version's number, and says where.
+    write: Callable[[int], Path]
     #: The log of what was trained, one JSON line a step.
     log: IO[str]
     #: Version of the policy's weights, by our own count.
     version: int = 0
+    #: Where the newest weights are.
+    newest: Path = Path()
     _grpo: GrpoTrainer = field(init=False)
 
     def __post_init__(self) -> None:
         self._grpo = GrpoTrainer(self.policy)
 
     def save(self) -> Path:
-        """Write the weights under their version's number; the oldest files go."""
-        path = self._path(self.version)
-        save(self.policy, path, self.version)
-        self._path(self.version - KEPT_WEIGHTS).unlink(missing_ok=True)
-        return path
+        """Write the weights under their version's number; returns where."""
+        self.newest = self.write(self.version)
+        return self.newest
 
     def step(self, tensors: TensorBatch, number: int) -> StepReport:
         """Train on a batch, and note every row of it."""
@@ -136,9 +133,6 @@ class Trainer:
                 # Left by break, the loop would not come back to commit this batch.
                 fleet.commit(batch)
                 break
-
-    def _path(self, version: int) -> Path:
-        return self.folder / f"version-{version}.safetensors"
 
 
 def _mean_reward(batch: Batch) -> float:
