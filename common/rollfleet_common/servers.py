@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 from redis.exceptions import WatchError
+from yarl import URL
 
 from rollfleet_common.errors import SettingsError, SupersededError
 from rollfleet_common.keys import RunKeys
@@ -26,34 +27,43 @@ from rollfleet_common.scripts import load
 __all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_name", "server_url"]
 
 _REFIT = load("refit")
-_URL = re.compile(r"(https?)://(?:([^/\s?#@]*)@)?([^/\s?#@]+)(/[^\s?#]*)?", re.IGNORECASE)
-_PORT = {"http": ":80", "https": ":443"}
+_URL = re.compile(r"https?://(?:[^/\s?#@]*@)?[^/\s?#@]+(/[^\s?#]*)?", re.IGNORECASE)
+_END = re.compile(r"(/|/v1)+$")
 _NEWS = 64
 
 
 def server_url(url: str) -> str:
-    """`url` as all parts of a run write it.
+    """`url` as all parts of a run write it, and as the client of a worker names its server.
 
-    Scheme and host in lower case, no default port, no trailing slash, no trailing ``/v1``.
+    Scheme and host in lower case (an international one as ``xn--``), an IPv6 address at its shortest,
+    no default port, nothing escaped that need not be, no dots in the path, no slash and no ``/v1`` at
+    its end.
 
     Raises:
         SettingsError: It is no http(s) URL.
     """
-    bare = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    found = _URL.fullmatch(bare)
-    if found is None:
-        raise SettingsError(
-            f"server {server_name(url)!r} should be a URL such as http://10.0.0.7:8000"
-        )
-    scheme, user, host, path = found.groups()
-    scheme = scheme.lower()
-    host = host.lower().removesuffix(_PORT[scheme])
-    return f"{scheme}://{'' if user is None else user + '@'}{host}{path or ''}"
+    bare, before = url.strip(), ""
+    try:
+        # Again: without its dots and escapes, a path may end in /v1.
+        while bare != before:
+            before = bare
+            bare = _END.sub("", str(URL(bare))) if _URL.fullmatch(bare) else ""
+    except ValueError as exc:
+        raise _no_url(url) from exc
+    if not bare or not URL(bare).host:
+        raise _no_url(url)
+    return bare
+
+
+def _no_url(url: str) -> SettingsError:
+    return SettingsError(
+        f"server {server_name(url)!r} should be a URL such as http://10.0.0.7:8000"
+    )
 
 
 def server_name(url: str) -> str:
     """`url` without user and password: what everybody may read."""
-    return re.sub(r"^([a-zA-Z]+://)[^/?#]*@", r"\1", url)
+    return re.sub(r"^([a-zA-Z]+://)?[^/?#]*@", r"\1", url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +186,18 @@ class Servers:
             SupersededError: Another trainer has opened the run.
         """
         await self._write(token, [part for url in urls for part in (url, "")])
+
+    async def check(self, token: str) -> None:
+        """Return if no other trainer has the run: to be asked right before a server is touched.
+
+        A run that Redis lost is nobody's.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        holder = await self.client.hget(self.keys.board, "token")
+        if holder not in (None, token.encode()):
+            raise SupersededError.of(self.keys.run)
 
     async def _write(self, token: str, flat: list[str]) -> None:
         if flat:

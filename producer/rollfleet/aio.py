@@ -104,6 +104,8 @@ class AsyncFleet:
         self.line = Line(self._revive)
         #: Prompts of the groups that are out, oldest first.
         self._out: dict[str, Prompt] = {}
+        #: Batch by group of what an earlier trainer owes.
+        self._owed: dict[str, int] = {}
 
     @property
     def version(self) -> int:
@@ -184,6 +186,7 @@ class AsyncFleet:
         if self.submitter.feeder is not None:
             self.submitter.feeder.stop()
         await self._background.close()
+        await self.consumer.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
         await self.refits.close()
         await self._disconnect()
@@ -216,6 +219,7 @@ class AsyncFleet:
                 books=self.books,
                 announce=self._announce,
                 out=self._out,
+                owed=self._owed,
             )
         )
         self.consumer, self.payloads = parts.consumer, parts.payloads
@@ -376,7 +380,7 @@ class AsyncFleet:
             weights: Where the weights are, as the servers can read it: those of `servers` and those
                 that are registered are made to load it, as the settings say.
             transfer: Called as ``transfer(version, weights)`` in place of that, for trainers that
-                move the weights themselves; no server is touched.
+                move the weights themselves; no server is touched, and none is healed meanwhile.
             load: Called as ``load(version, urls)`` while the servers at `urls` are paused, in place
                 of their reading `weights`: for a broadcast. They are tagged and resumed after it.
 
@@ -399,8 +403,8 @@ class AsyncFleet:
             await self._announce()
 
         if transfer is not None:
-            await transfer(new, weights)
-            await self.refits.hands_off()
+            move = transfer
+            await self.refits.hands_off(lambda: move(new, weights))
             await announce()
         elif weights or load is not None:
             await self.refits.publish(Weights(new, weights, self.settings.adapter), announce, load)

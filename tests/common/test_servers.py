@@ -113,6 +113,9 @@ async def test_a_trainer_that_was_superseded_says_nothing_any_more(servers: Serv
         await servers.tell("trainer-0", [ServerWeights(A, WeightState.SERVING, 9)])
     with pytest.raises(SupersededError):
         await servers.forget("trainer-0", [A])
+    with pytest.raises(SupersededError):
+        await servers.check("trainer-0")
+    await servers.check(TOKEN)
     assert (await servers.read())[1][A].version == 4
 
 

@@ -1,15 +1,18 @@
 """Control routes of one inference server: each call is bounded, each refusal says what to do.
 
 - Redirects are not followed: who controls a server knows where it is.
-- The API key, if there is one, is sent to servers only and quoted nowhere.
+- The API key, if there is one, is sent to servers only. Neither it nor a password of a URL is quoted
+  anywhere, also not where a server repeats it: messages end in rows that many may read.
 """
 
 import asyncio
+import base64
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from rollfleet_common.errors import RefitError
 from rollfleet_common.servers import server_name
@@ -51,6 +54,7 @@ class Control:
         # One of the two can be sent.
         self._url = self.name if api_key else url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._secrets = _secrets(url, api_key)
 
     async def post(
         self,
@@ -104,17 +108,34 @@ class Control:
                 ) as reply,
             ):
                 return reply.status, (await reply.read()).decode("utf-8", "replace")
-        except aiohttp.ClientConnectorError as exc:
-            raise UnreachableError(f"it cannot be reached ({exc})") from exc
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+            raise UnreachableError(f"it cannot be reached ({self._safe(exc)})") from exc
         except TimeoutError as exc:
-            raise RefitError(f"{_bare(route)} was not answered within {timeout_s:g} s") from exc
-        except aiohttp.ClientError as exc:
-            raise RefitError(f"{_bare(route)} failed: {type(exc).__name__}: {exc}") from exc
+            limit = "in time" if timeout_s is None else f"within {timeout_s:g} s"
+            raise RefitError(f"{_bare(route)} was not answered {limit}") from exc
+        except (aiohttp.ClientError, OSError) as exc:
+            said = f"{type(exc).__name__}: {self._safe(exc)}"
+            raise RefitError(f"{_bare(route)} failed: {said}") from exc
 
     def _refused(self, route: str, status: int, text: str, advice: str = "") -> RefitError:
-        said = f"{_bare(route)} answered {status}: {text[:_QUOTED_CHARS]}"
+        said = f"{_bare(route)} answered {status}: {self._safe(text)[:_QUOTED_CHARS]}"
         advice = self.advice.get(status, advice)
         return RefitError(f"{said} ({advice})" if advice else said)
+
+    def _safe(self, said: object) -> str:
+        text = str(said)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def _secrets(url: str, api_key: str | None) -> list[str]:
+    """What may be repeated nowhere, the longest first, in every way in which it may be written."""
+    parsed = URL(url)
+    pair = f"{parsed.user or ''}:{parsed.password or ''}"
+    basic = base64.b64encode(pair.encode()).decode()
+    found = {api_key, parsed.password, parsed.raw_password, basic}
+    return sorted(filter(None, found), key=len, reverse=True)
 
 
 def _bare(route: str) -> str:

@@ -17,9 +17,19 @@ import aiohttp
 
 from rollfleet.refits.control import Control
 from rollfleet_common.errors import RefitError
+from rollfleet_common.servers import Server
 
-__all__ = ["PauseMode", "RefitDriver", "SglangDriver", "VllmDriver", "Weights", "find_driver"]
+__all__ = [
+    "Drivers",
+    "PauseMode",
+    "RefitDriver",
+    "SglangDriver",
+    "VllmDriver",
+    "Weights",
+    "find_driver",
+]
 
+CONNECT_S = 10.0
 _LOADING = "its log has the reason: can it read that path, and do the shapes fit its model?"
 _VLLM_ADVICE = {
     403: "start vLLM with VLLM_SERVER_DEV_MODE=1, which opens its control routes",
@@ -76,8 +86,8 @@ class RefitDriver(Protocol):
         """Load `weights` from their path and tag further tokens with their version."""
         ...
 
-    async def tag(self, version: int) -> None:
-        """Tag further tokens with `version`."""
+    async def tag(self, version: int | str) -> None:
+        """Tag further tokens with `version`; a word: with what is no version of any run."""
         ...
 
     async def abort(self) -> None:
@@ -132,7 +142,7 @@ class VllmDriver:
             await self._control.post("/collective_rpc", call, timeout_s=None, advice=_LOADING)
         await self.tag(weights.version)
 
-    async def tag(self, version: int) -> None:
+    async def tag(self, version: int | str) -> None:
         """``/update_weight_version``."""
         await self._control.post("/update_weight_version", {"new_version": str(version)})
 
@@ -195,7 +205,7 @@ class SglangDriver:
         }
         await self._control.post("/update_weights_from_disk", body, timeout_s=None, advice=_LOADING)
 
-    async def tag(self, version: int) -> None:
+    async def tag(self, version: int | str) -> None:
         """``/update_weight_version``; by default it would abort what is in flight."""
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._control.post("/update_weight_version", body)
@@ -215,6 +225,47 @@ class SglangDriver:
     async def is_paused(self) -> bool | None:
         """It has no route for that."""
         return None
+
+
+class Drivers:
+    """The drivers of the servers of a run, each found out once.
+
+    Args:
+        api_key: Bearer token for their control routes, if they want one.
+    """
+
+    def __init__(self, api_key: str | None) -> None:
+        self._api_key = api_key
+        self._found: dict[tuple[str, str], RefitDriver] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def find(self, server: Server) -> RefitDriver:
+        """Of `server`.
+
+        Raises:
+            RefitError: It cannot be reached, or its weights cannot be replaced.
+        """
+        key = server.url, server.engine
+        if key not in self._found:
+            if self._session is None:
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+                # vLLM hangs up after a 500, and a command on a dead connection is lost. No limit:
+                # servers that load hold theirs, and others must not stand paused until they are done.
+                connector = aiohttp.TCPConnector(force_close=True, limit=0)
+                self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+            self._found[key] = await find_driver(self._session, *key, self._api_key)
+        return self._found[key]
+
+    def forget(self, name: str) -> None:
+        """Find the server of that name out anew: it may come back as another engine."""
+        self._found = {key: d for key, d in self._found.items() if d.url != name}
+
+    async def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._found.clear()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
 
 
 async def find_driver(

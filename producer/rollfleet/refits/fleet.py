@@ -11,14 +11,14 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import aiohttp
 import structlog
 
 from rollfleet.line import Line
-from rollfleet.refits.drivers import PauseMode, RefitDriver, Weights, find_driver
+from rollfleet.refits.drivers import Drivers, PauseMode, RefitDriver, Weights
 from rollfleet.refits.one import GRACE_S, Announce, Load, Meeting, Once, Outcome, Refit
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import RefitError
@@ -30,7 +30,6 @@ __all__ = ["Refits"]
 
 log = structlog.get_logger("rollfleet.trainer")
 
-CONNECT_S = 10.0
 #: Weights that broke so many servers, and that none took, are given to no further wave.
 BROKEN = 2
 
@@ -59,6 +58,8 @@ class Refits:
         self.token = token
         self.epoch = epoch
         self.line = line
+        secret = settings.api_key
+        self.drivers = Drivers(None if secret is None else secret.get_secret_value())
         #: What every server should serve; None while that is the business of others.
         self.current: Weights | None = None
         #: What was last written of each server.
@@ -66,10 +67,9 @@ class Refits:
         #: Whether a version is being published: the healer keeps its hands off.
         self.busy = False
         self.healing: dict[str, asyncio.Task[None]] = {}
+        #: Servers that are being resumed, also when the task that refitted them is gone.
+        self.resuming: dict[str, asyncio.Task[str]] = {}
         self._turn = asyncio.Lock()
-        self._drivers: dict[tuple[str, str], RefitDriver] = {}
-        self._resuming: set[asyncio.Task[str]] = set()
-        self._session: aiohttp.ClientSession | None = None
 
     async def open(self, weights: Weights) -> None:
         """Go on with what an earlier trainer did: servers that it refitted are ours to heal.
@@ -94,24 +94,6 @@ class Refits:
         static = {server_name(url): Server(url) for url in self.settings.servers}
         return static | registered, rows
 
-    async def driver(self, server: Server) -> RefitDriver:
-        """Of `server`, found out once.
-
-        Raises:
-            RefitError: It cannot be reached, or its weights cannot be replaced.
-        """
-        key = server.url, server.engine
-        if key not in self._drivers:
-            if self._session is None:
-                timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-                # vLLM hangs up after a 500, and a command on a dead connection is lost.
-                connector = aiohttp.TCPConnector(force_close=True)
-                self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
-            secret = self.settings.api_key
-            api_key = None if secret is None else secret.get_secret_value()
-            self._drivers[key] = await find_driver(self._session, *key, api_key)
-        return self._drivers[key]
-
     # ---- rows --------------------------------------------------------------------------------
 
     async def tell(self, rows: Iterable[ServerWeights]) -> None:
@@ -120,10 +102,42 @@ class Refits:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        now = int(time.time() * 1000)
-        dated = [replace(row, at_ms=now, epoch=self.epoch()) for row in rows]
-        self.rows |= {row.url: row for row in dated}
-        await self.line(lambda: self.servers.tell(self.token, dated), "write what servers hold")
+        undated = list(rows)
+
+        async def write() -> None:
+            # Of the try that succeeds: Redis may be away for longer than a refit lasts.
+            now = time.time()
+            until = int((now + self.settings.refit_s + GRACE_S) * 1000)
+            dated = [
+                replace(
+                    row,
+                    at_ms=int(now * 1000),
+                    epoch=self.epoch(),
+                    until_ms=until if row.state is WeightState.REFITTING else 0,
+                )
+                for row in undated
+            ]
+            self.rows |= {row.url: row for row in dated}
+            await self.servers.tell(self.token, dated)
+
+        await self.line(write, "write what servers hold")
+
+    async def begin(self, urls: Iterable[str]) -> None:
+        """Write that `urls` are refitted from now on, and by when that must be over.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        refitting = WeightState.REFITTING
+        await self.tell(ServerWeights(url, refitting, self.serves(url)) for url in urls)
+
+    async def check(self) -> None:
+        """Return if the run is still ours.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        await self.line(lambda: self.servers.check(self.token), "look who holds the run")
 
     async def forget(self, urls: Iterable[str]) -> None:
         """Drop the rows of `urls`.
@@ -169,19 +183,32 @@ class Refits:
                 `refit_quorum` asks for.
             SupersededError: Another trainer has opened the run.
         """
+
+        async def announced() -> None:
+            # Before the board says so: a publish that is interrupted is finished by the healer.
+            self.current = weights
+            await announce()
+
+        async with self._alone():
+            await self._publish(weights, Once(announced), load)
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Nobody else is at the servers, and nobody comes."""
         async with self._turn:
             self.busy = True
-
-            async def announced() -> None:
-                # Before the board says so: a publish that is interrupted is finished by the healer.
-                self.current = weights
-                await announce()
-
             try:
-                await cancel_all(self.healing.values())
-                await self._publish(weights, Once(announced), load)
+                await self._still()
+                yield
             finally:
                 self.busy = False
+
+    async def _still(self) -> None:
+        """End what is being healed, and wait until all that it paused goes on."""
+        await cancel_all(self.healing.values())
+        if self.resuming:
+            # A heal that is cancelled twice does not wait for them.
+            await asyncio.wait(self.resuming.values(), timeout=GRACE_S)
 
     async def _publish(self, weights: Weights, announce: Once, load: Load | None) -> None:
         known, before = await self.look()
@@ -215,11 +242,7 @@ class Refits:
         """Refit `wave` together."""
         urls = [server_name(server.url) for server in wave]
         meeting = None if load is None else Meeting(load, weights.version, urls)
-        until = int((time.time() + self.settings.refit_s + GRACE_S) * 1000)
-        await self.tell(
-            ServerWeights(url, WeightState.REFITTING, self.serves(url), until_ms=until)
-            for url in urls
-        )
+        await self.begin(urls)
         try:
             ended = await asyncio.gather(
                 *(self.refit(server, weights, announce.soon, meeting) for server in wave),
@@ -258,22 +281,22 @@ class Refits:
                 meeting.leave(url)
 
         try:
-            driver = await self.driver(server)
+            driver = await self.drivers.find(server)
         except RefitError as exc:
             url = server_name(server.url)
             leave(url)
             outcome = Outcome(url, str(exc), touched=False)
         else:
-            once = Refit(weights.version, mode, self.settings.refit_s, load, ready, leave)
-            outcome = await once.run(driver, self._resuming)
+            limit_s = self.settings.refit_s
+            once = Refit(weights.version, mode, limit_s, self.check, load, ready, leave)
+            outcome = await once.run(driver, self.resuming)
         await self._settle(outcome, weights)
         return outcome
 
     async def _settle(self, outcome: Outcome, weights: Weights) -> None:
         url = outcome.url
         if outcome.why:
-            # It may come back as another engine.
-            self._drivers = {key: d for key, d in self._drivers.items() if d.url != url}
+            self.drivers.forget(url)
             log.warning("server not refitted", server=url, version=weights.version, why=outcome.why)
             row = ServerWeights(url, WeightState.STALE, self.serves(url), why=outcome.why)
         else:
@@ -295,25 +318,25 @@ class Refits:
 
     # ---- letting go --------------------------------------------------------------------------
 
-    async def hands_off(self) -> None:
+    async def hands_off(self, transfer: Callable[[], Awaitable[None]]) -> None:
         """The trainer moves weights itself from here on: nothing is known of any server.
+
+        Args:
+            transfer: Moves them, while nothing is healed. If it fails, all stays as it was.
 
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        self.current = None
-        if self.rows:
-            await self.forget(list(self.rows))
+        async with self._alone():
+            await transfer()
+            self.current = None
+            if self.rows:
+                await self.forget(list(self.rows))
 
     async def close(self) -> None:
         """End what is under way; servers that are paused are resumed first. Idempotent."""
-        await cancel_all(self.healing.values())
-        if self._resuming:
-            await asyncio.wait(self._resuming, timeout=GRACE_S)
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-            self._drivers.clear()
+        await self._still()
+        await self.drivers.close()
 
 
 def _failed(weights: Weights, outcomes: list[Outcome], and_now: str) -> RefitError:

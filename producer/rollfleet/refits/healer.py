@@ -16,7 +16,6 @@ import structlog
 
 from rollfleet.refits.drivers import RefitDriver, Weights
 from rollfleet.refits.fleet import Refits
-from rollfleet.refits.one import GRACE_S
 from rollfleet_common.errors import RefitError
 from rollfleet_common.servers import Server, ServerWeights, WeightState
 
@@ -64,9 +63,12 @@ class Healer:
         if refits.busy or refits.current is not current:
             return  # a publish began meanwhile
         await refits.forget(rows.keys() - known.keys())
+        if refits.busy or refits.current is not current:
+            return
         for url, server in known.items():
             task = refits.healing.get(url)
-            if server.draining or (task is not None and not task.done()) or self._waits(url):
+            cared_for = url in refits.resuming or (task is not None and not task.done())
+            if server.draining or cared_for or self._waits(url):
                 continue
             refits.healing[url] = asyncio.create_task(
                 self._care(url, server, rows.get(url), current), name=f"rollfleet-heal-{url}"
@@ -77,7 +79,7 @@ class Healer:
     ) -> None:
         """Look after one server."""
         try:
-            driver = await self.refits.driver(server)
+            driver = await self.refits.drivers.find(server)
             why = await self._ails(driver, row, current)
         except RefitError as exc:
             # Its row stands: workers notice by themselves that it is away, and a server that comes
@@ -106,6 +108,7 @@ class Healer:
         if said is not None and said != str(current.version):
             return f"it reports version {said!r}: was it restarted?"
         if await driver.is_paused():
+            await self.refits.check()  # it may be paused by who superseded us
             log.warning("server resumed: nobody refits it", server=url)
             await driver.resume()
         self.refits.rows[url] = row
@@ -114,9 +117,7 @@ class Healer:
     async def _heal(self, url: str, server: Server, why: str, current: Weights) -> None:
         refits = self.refits
         log.info("refitting a server", server=url, version=current.version, why=why)
-        until = int((time.time() + refits.settings.refit_s + GRACE_S) * 1000)
-        row = ServerWeights(url, WeightState.REFITTING, refits.serves(url), until_ms=until)
-        await refits.tell([row])
+        await refits.begin([url])
         outcome = await refits.refit(server, current, _nothing)
         if outcome.why:
             self._failed(url, outcome.why)

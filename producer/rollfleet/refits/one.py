@@ -5,6 +5,8 @@
   it had, before it goes on.
 - Whatever happens, it is resumed: also after a time-out, and when the trainer is interrupted. A
   trainer that is killed cannot; then workers resume it, when the row that it wrote has run out.
+- But a trainer that was superseded, after it was frozen for example, stops where it is: another may
+  be at the same server. What it may have loaded is tagged so that the other one heals it.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 from rollfleet.refits.control import CONTROL_S, UnreachableError
 from rollfleet.refits.drivers import PauseMode, RefitDriver
-from rollfleet_common.errors import RefitError
+from rollfleet_common.errors import RefitError, RollfleetError, SupersededError
 
 __all__ = ["GRACE_S", "Announce", "Load", "Meeting", "Once", "Outcome", "Refit"]
 
@@ -24,10 +26,14 @@ Announce = Callable[[], Awaitable[None]]
 
 #: Before the second try to end requests or to resume, and the third.
 AGAIN_S = (0.2, 1.0)
-#: From the end of a refit's limit until the server was resumed, or given up, at the longest.
-GRACE_S = 2 * (sum(AGAIN_S) + (len(AGAIN_S) + 1) * CONTROL_S)
-#: A server waits so long for the board before it generates with new weights.
+#: A server waits so long for the board before it generates with new weights, and for the run's
+#: token before it is resumed.
 BOARD_S = 2.0
+#: What a refit takes beside its limit, at the longest: finding out the engine, the board, the token,
+#: and two calls to end what was generated and resume the server, or give it up.
+GRACE_S = 2 * CONTROL_S + 2 * BOARD_S + 2 * (sum(AGAIN_S) + (len(AGAIN_S) + 1) * CONTROL_S)
+#: The tag of weights that a superseded trainer may have loaded.
+SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Meeting:
             RefitError: The transfer failed.
         """
         self._here.append(url)
-        self.leave(url)
+        self._missing(url)
         await self._complete.wait()
         assert self._transfer is not None  # noqa: S101 - somebody is here
         try:
@@ -74,7 +80,12 @@ class Meeting:
             raise RefitError(f"load() raised {type(exc).__name__}: {exc}") from exc
 
     def leave(self, url: str) -> None:
-        """Nobody need wait for `url` any more. May be repeated."""
+        """Nobody need wait for `url` any more, here or not. May be repeated."""
+        if url in self._here and not self._complete.is_set():
+            self._here.remove(url)  # it gave up waiting, and is resumed
+        self._missing(url)
+
+    def _missing(self, url: str) -> None:
         self._expected.discard(url)
         if not self._expected and not self._complete.is_set():
             if self._here:
@@ -129,6 +140,7 @@ class Refit:
         version: What they serve afterwards.
         mode: What becomes of requests in flight.
         limit_s: For all of it but resuming.
+        check: Raises SupersededError if another trainer has opened the run.
         load: Makes the paused server of a driver hold the weights, and tag them.
         ready: Awaited when a server holds them, before it generates again; must be bounded.
         leave: Told the URL of a server whose turn to load is over, however it went.
@@ -139,6 +151,7 @@ class Refit:
         version: int,
         mode: PauseMode,
         limit_s: float,
+        check: Callable[[], Awaitable[None]],
         load: Callable[[RefitDriver], Awaitable[None]],
         ready: Callable[[], Awaitable[None]],
         leave: Callable[[str], None],
@@ -146,22 +159,32 @@ class Refit:
         self.version = version
         self.mode = mode
         self.limit_s = limit_s
+        self._check = check
         self._load = load
         self._ready = ready
         self._leave = leave
 
-    async def run(self, driver: RefitDriver, resuming: set[asyncio.Task[str]]) -> Outcome:
+    async def run(self, driver: RefitDriver, resuming: dict[str, asyncio.Task[str]]) -> Outcome:
         """Refit the server of `driver`; its failure is an outcome, not an error.
 
-        `resuming` holds the tasks that resume servers: the caller's to await before it ends.
+        `resuming` holds the tasks that resume servers, by URL: the caller's to await before it ends,
+        or refits the same server again.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
         """
         sent = touched = False
         why = "the trainer was interrupted"
         try:
-            async with asyncio.timeout(self.limit_s):
+            by = asyncio.get_running_loop().time() + self.limit_s
+            async with asyncio.timeout_at(by):
+                await self._check()
                 sent = True
                 await driver.pause(self.mode)
-                touched = True
+                await self._check()
+            touched = True
+            # Anew: a time-out that meets an answer of Redis may be lost (rollfleet_common.tasks).
+            async with asyncio.timeout_at(by):
                 await self._load(driver)
                 await self._verify(driver)
             why = ""
@@ -175,9 +198,9 @@ class Refit:
         finally:
             self._leave(driver.url)
             if sent:
-                task = asyncio.ensure_future(_resume(driver, broken=touched and bool(why)))
-                resuming.add(task)
-                task.add_done_callback(resuming.discard)
+                resume = self._resume(driver, touched=touched, broken=touched and bool(why))
+                task = resuming[driver.url] = asyncio.ensure_future(resume)
+                task.add_done_callback(lambda _: resuming.pop(driver.url, None))
                 paused = await asyncio.shield(task)
                 why = "; ".join(filter(None, (why, paused)))
         return Outcome(driver.url, why, touched)
@@ -187,14 +210,22 @@ class Refit:
         if said is not None and said != str(self.version):
             raise RefitError(f"it reports version {said!r} after it was given {self.version}")
 
-
-async def _resume(driver: RefitDriver, *, broken: bool) -> str:
-    """Let a server go on; returns why it may still be paused, or ""."""
-    if broken:
-        # Also where the engine knows no such route, it must go on.
-        await _insist(driver.abort)
-    why = await _insist(driver.resume)
-    return f"it could not be resumed and may be paused: {why}" if why else ""
+    async def _resume(self, driver: RefitDriver, *, touched: bool, broken: bool) -> str:
+        """Let a server go on; returns why it may still be paused, or ""."""
+        try:
+            async with asyncio.timeout(BOARD_S):
+                await self._check()
+        except SupersededError as exc:
+            if touched:
+                await _insist(lambda: driver.tag(SUPERSEDED))
+            return str(exc)
+        except (RollfleetError, TimeoutError):
+            pass  # whoever holds the run: it must not stand still
+        if broken:
+            # Also where the engine knows no such route, it must go on.
+            await _insist(driver.abort)
+        why = await _insist(driver.resume)
+        return f"it could not be resumed and may be paused: {why}" if why else ""
 
 
 async def _insist(call: Callable[[], Awaitable[None]]) -> str:
