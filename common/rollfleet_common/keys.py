@@ -172,6 +172,11 @@ class RunKeys:
         """Hash of the batch plans that are handed out or being committed, by batch number."""
         return f"{self.prefix}batches"
 
+    @property
+    def recorder(self) -> str:
+        """String with a TTL: the token of the recorder that holds the taps."""
+        return f"{self.prefix}recorder"
+
     def rank(self, rank: int) -> str:
         """String with a TTL: a sign of life of one rank of the trainer (:mod:`rollfleet.ranks`)."""
         return f"{self.prefix}rank:{rank}"

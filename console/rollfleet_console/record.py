@@ -2,29 +2,41 @@
 
 - The tap of every partition is a key with a TTL: while it stands, what the trainer frees is told on
   a capped stream and its payload stays a while. A recorder that dies leaves nothing behind.
+- Taps are renewed beside the reading: one that lapsed because the reader lags would say nothing of
+  what it missed.
 - Nothing is taken from the run: the rollouts here were trained on or dropped already.
-- What came and went faster than it could be read is counted, and stands in the file without payload.
+- What came and went faster than it could be read is counted: without a payload it stands in the
+  file, and what the capped stream let go of is said in numbers.
+- One recorder a run: two would read each other's rows away.
 """
 
 import asyncio
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from redis.exceptions import RedisError, ResponseError
 
 from rollfleet_common.board import Board
 from rollfleet_common.errors import SettingsError, WireError
 from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
 from rollfleet_common.recording import Row, Writer
+from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Tally", "record", "run_recording"]
 
-#: How long what was freed stays to be recorded; the tap itself is renewed three times as often.
+#: How long what was freed stays to be recorded; a tap stands a third of it, renewed four times.
 KEEP_MS = 60_000
 BLOCK_MS = 500
+#: How long what was written may not be on the disk yet while there is more to read.
+FLUSH_S = 1.0
+#: Rows that are read at once, of each partition.
 COUNT = 32
 
 
@@ -36,6 +48,11 @@ class Tally:
     dropped: int = 0
     #: Of these, rows whose payload was gone.
     without: int = 0
+    #: Rollouts that were told and gone before they could be read: not in the file.
+    missed: int = 0
+    #: How often the taps were found closed, and nobody knows what was freed meanwhile: the recorder
+    #: was frozen, or Redis was away.
+    lapses: int = 0
     bytes: int = 0
 
 
@@ -56,109 +73,241 @@ async def record(
         run: Which run.
         path: A file that does not exist yet.
         seconds: Longest recording; None: no limit.
-        max_bytes: Largest file, give or take one rollout; None: no limit.
+        max_bytes: Largest file, give or take one rollout; None: no limit. What was told by then
+            and does not fit is left out.
         on_rows: Told now and then how far it is.
         stopping: Ends the recording; what was told by then is written.
 
     Raises:
-        SettingsError: The run was never opened, or the file exists.
+        SettingsError: The run was never opened, is being recorded already, or the file exists.
         redis.exceptions.RedisError: As redis-py said it.
     """
     keys = RunKeys(check_name(run, "the run"))
     found = await Board(client, keys).read()
     if found is None:
         raise SettingsError(f"run {run!r} was never opened: there is nothing to record")
-    partitions = [keys.partition(p) for p in range(found[1].partitions)]
-    stop = stopping or asyncio.Event()
+    parts = [keys.partition(p) for p in range(found[1].partitions)]
     tally = Tally()
+    taps = _Taps(client, keys, parts, tally)
+    await taps.claim()
     try:
-        writer = Writer(path, run)
-    except FileExistsError:
-        raise SettingsError(f"{path} exists: a recording never overwrites a file") from None
-    with writer:
-        last = dict.fromkeys((k.tapped for k in partitions), "$")
-        last.update([(k.tapped, await _newest(client, k)) for k in partitions])
-        deadline = None if seconds is None else time.monotonic() + seconds
         try:
-            while True:
-                await _open(client, partitions)
-                ending = stop.is_set() or (deadline is not None and time.monotonic() >= deadline)
-                if not await _read(client, partitions, last, writer, tally) and ending:
-                    break
-                writer.flush()
-                on_rows(tally)
-                if max_bytes is not None and writer.bytes >= max_bytes:
-                    break
-        finally:
-            await asyncio.shield(_close(client, partitions))
-            writer.flush()
+            writer = Writer(path, run)
+        except FileExistsError:
+            raise SettingsError(f"{path} exists: a recording never overwrites a file") from None
+        until = None if seconds is None else time.monotonic() + seconds
+        stop = stopping or asyncio.Event()
+
+        def ended() -> bool:
+            return stop.is_set() or (until is not None and time.monotonic() >= until)
+
+        with writer:
+            await taps.open()
+            reading = _Reading(client, [_Told(part) for part in parts], writer, tally, max_bytes)
+            await _follow(taps, reading, ended, on_rows)
+    finally:
+        await asyncio.shield(taps.leave())
     return tally
 
 
-async def _newest(client: Any, keys: PartitionKeys) -> str:
-    """Where a partition's tap stands: what an earlier recorder left is not ours."""
-    found = await client.xrevrange(keys.tapped, count=1)
-    return str(found[0][0].decode()) if found else "0-0"
-
-
-async def _open(client: Any, partitions: list[PartitionKeys]) -> None:
-    for keys in partitions:
-        await client.set(keys.tap, KEEP_MS, px=KEEP_MS // 3)
-
-
-async def _close(client: Any, partitions: list[PartitionKeys]) -> None:
-    for keys in partitions:
-        await client.unlink(keys.tap, keys.tapped)
-
-
-async def _read(
-    client: Any,
-    partitions: list[PartitionKeys],
-    last: dict[str, str],
-    writer: Writer,
-    tally: Tally,
-) -> int:
-    """Write what the taps told since `last`; returns how many rollouts."""
-    rows = 0
-    for keys in partitions:
-        told = await client.xrange(keys.tapped, min=f"({last[keys.tapped]}", count=COUNT)
-        while told:
-            await _write(client, keys, told, writer, tally)
-            rows += len(told)
-            last[keys.tapped] = told[-1][0].decode()
-            if len(told) < COUNT:
-                break
-            told = await client.xrange(keys.tapped, min=f"({last[keys.tapped]}", count=COUNT)
-    if not rows:
-        await client.xread(last, count=1, block=BLOCK_MS)
-    return rows
-
-
-async def _write(
-    client: Any, keys: PartitionKeys, told: list[Any], writer: Writer, tally: Tally
+async def _follow(
+    taps: "_Taps",
+    reading: "_Reading",
+    ended: Callable[[], bool],
+    on_rows: Callable[[Tally], None],
 ) -> None:
-    names: list[str | None] = []
-    for _, fields in told:
-        try:
-            row = Row.of(fields[b"v"].decode(), fields[b"h"], None)
-            names.append(keys.payload(row.header.payload))
-            if row.dropped:
-                tally.dropped += 1
-            else:
-                tally.trained += 1
-        except (WireError, KeyError, ValueError):
-            names.append(None)  # a header of another release: it is for whoever can read it
-    wanted = [name for name in names if name is not None]
-    payloads = dict(zip(wanted, await client.mget(wanted) if wanted else [], strict=True))
-    for (_, fields), name in zip(told, names, strict=True):
-        if name is None:
-            continue
-        writer.write(fields[b"v"].decode(), fields[b"h"], payloads[name])
-        tally.without += payloads[name] is None
-    tally.bytes = writer.bytes
-    if wanted:
-        await client.unlink(*wanted)
-    await client.xdel(keys.tapped, *(entry for entry, _ in told))
+    """Read on until it has `ended` and all that was told is written, or the file is full."""
+    holding = asyncio.create_task(taps.hold())
+    closed, flush_at = False, 0.0
+    try:
+        while not reading.full:
+            if not closed and holding.done():
+                holding.result()
+            if not closed and ended():
+                # Closed, the taps tell no more: what is left to be read has an end.
+                await cancel_all([holding])
+                await taps.close()
+                closed = True
+            rows = await reading.read()
+            if not rows or time.monotonic() >= flush_at:
+                reading.writer.flush()
+                on_rows(reading.tally)
+                flush_at = time.monotonic() + FLUSH_S
+            if not rows:
+                if closed:
+                    break
+                await reading.wait()
+    finally:
+        await cancel_all([holding])
+        reading.writer.flush()
+
+
+class _Taps:
+    """The taps of all partitions, held by one recorder."""
+
+    def __init__(
+        self, client: Any, keys: RunKeys, parts: list[PartitionKeys], tally: Tally
+    ) -> None:
+        self.client = client
+        self.name = keys.recorder
+        self.run = keys.run
+        self.parts = parts
+        self.tally = tally
+        self.token = secrets.token_hex(8)
+
+    async def claim(self) -> None:
+        """Be the run's recorder.
+
+        Raises:
+            SettingsError: Another one is.
+        """
+        life_ms = KEEP_MS // 3
+        if not await self.client.set(self.name, self.token, nx=True, px=life_ms):
+            raise SettingsError(
+                f"run {self.run!r} is being recorded already: two recorders would read each "
+                f"other's rows away. End the other one; if it died, try again in {life_ms / 1000:g} s"
+            )
+
+    async def open(self) -> None:
+        """Open them, and let go of what an earlier recorder left: it is not ours."""
+        for part in self.parts:
+            await self.client.unlink(part.tapped)
+            await self.client.set(part.tap, KEEP_MS, px=KEEP_MS // 3)
+
+    async def hold(self) -> None:
+        """Keep them open until cancelled.
+
+        Raises:
+            SettingsError: Another recorder has come while we were away.
+        """
+        while True:
+            await asyncio.sleep(KEEP_MS / 12_000)
+            holder = await self.client.get(self.name)
+            if holder is None:
+                self.tally.lapses += 1
+                await self.claim()
+            elif holder.decode() != self.token:
+                raise SettingsError(
+                    f"another recorder of run {self.run!r} has come while this one was frozen or "
+                    "Redis was away"
+                )
+            await self.client.set(self.name, self.token, px=KEEP_MS // 3)
+            for part in self.parts:
+                await self.client.set(part.tap, KEEP_MS, px=KEEP_MS // 3)
+
+    async def close(self) -> None:
+        """Nothing more is told; what was, is still there."""
+        for part in self.parts:
+            await self.client.unlink(part.tap)
+
+    async def leave(self) -> None:
+        """Leave nothing behind, unless it is another's by now."""
+        holder = await self.client.get(self.name)
+        if holder is not None and holder.decode() == self.token:
+            for part in self.parts:
+                await self.client.unlink(part.tap, part.tapped)
+            await self.client.unlink(self.name)
+
+
+@dataclass(slots=True)
+class _Told:
+    """The stream of one partition, and how much of it was read."""
+
+    keys: PartitionKeys
+    last: str = "0-0"
+    #: Entries that were ever added to the stream that is there now, by its own count, and read.
+    added: int = 0
+    read: int = 0
+    #: Entries that left it unread; of streams that are gone, and of this one.
+    lost: int = 0
+    cut: int = 0
+
+    def look(self, added: int, length: int) -> None:
+        """See that nothing has left it but what was read."""
+        if added < self.added:  # it ran out, or Redis lost it, and another began
+            self.lost += self.added - self.read
+            self.read = 0
+        self.added = added
+        self.cut = max(added - length - self.read, 0)
+
+
+class _Reading:
+    """Reads what the taps tell, and writes it down."""
+
+    def __init__(
+        self, client: Any, told: list[_Told], writer: Writer, tally: Tally, max_bytes: int | None
+    ) -> None:
+        self.client = client
+        self.told = told
+        self.writer = writer
+        self.tally = tally
+        self.max_bytes = max_bytes
+
+    @property
+    def full(self) -> bool:
+        """Whether no more may be written."""
+        return self.max_bytes is not None and self.writer.bytes >= self.max_bytes
+
+    async def read(self) -> int:
+        """Write some of what was told, of each partition; returns how many rollouts were read."""
+        rows = 0
+        for told in self.told:
+            entries = await self._entries(told)
+            if entries and not self.full:
+                await self._write(told, entries)
+                rows += len(entries)
+        self.tally.missed = sum(told.lost + told.cut for told in self.told)
+        return rows
+
+    async def wait(self) -> None:
+        """For the next rollout; not for long."""
+        streams = {told.keys.tapped: told.last for told in self.told}
+        await self.client.xread(streams, count=1, block=BLOCK_MS)
+
+    async def _entries(self, told: _Told) -> list[Any]:
+        async with self.client.pipeline(transaction=True) as pipe:
+            pipe.xrange(told.keys.tapped, min=f"({told.last}", count=COUNT)
+            pipe.xinfo_stream(told.keys.tapped)
+            entries, info = await pipe.execute(raise_on_error=False)
+        for answer in (entries, info):
+            # Without a stream there is nothing to be told of it.
+            if isinstance(answer, RedisError) and not _no_key(answer):
+                raise answer
+        there = isinstance(info, dict)
+        told.look(info["entries-added"] if there else 0, info["length"] if there else 0)
+        return list(entries)
+
+    async def _write(self, told: _Told, entries: list[Any]) -> None:
+        keys = told.keys
+        names: list[str | None] = []
+        drops: list[bool] = []
+        for _, fields in entries:
+            name, dropped = None, False
+            # A header of another release is for whoever can read it.
+            with suppress(WireError, KeyError, ValueError):
+                row = Row.of(fields[b"v"].decode(), fields[b"h"], None)
+                name, dropped = keys.payload(row.header.payload), bool(row.dropped)
+            names.append(name)
+            drops.append(dropped)
+        wanted = [name for name in names if name is not None]
+        payloads = dict(zip(wanted, await self.client.mget(wanted) if wanted else [], strict=True))
+        for (_, fields), name, dropped in zip(entries, names, drops, strict=True):
+            if name is None or self.full:
+                continue
+            self.writer.write(fields[b"v"].decode(), fields[b"h"], payloads[name])
+            self.tally.dropped += dropped
+            self.tally.trained += not dropped
+            self.tally.without += payloads[name] is None
+        self.tally.bytes = self.writer.bytes
+        told.read += len(entries)
+        told.last = entries[-1][0].decode()
+        if wanted:
+            await self.client.unlink(*wanted)
+        await self.client.xdel(keys.tapped, *(entry for entry, _ in entries))
+
+
+def _no_key(error: RedisError) -> bool:
+    return isinstance(error, ResponseError) and "no such key" in str(error)
 
 
 async def run_recording(
@@ -172,6 +321,8 @@ async def run_recording(
 
     def say(tally: Tally, end: str = "") -> None:
         gone = f", {tally.without:,} without payload" if tally.without else ""
+        gone += f", {tally.missed:,} missed" if tally.missed else ""
+        gone += f", taps found closed {tally.lapses:,} times" if tally.lapses else ""
         sys.stderr.write(
             f"\r{tally.trained:,} trained, {tally.dropped:,} dropped{gone}, "
             f"{tally.bytes / 2**20:,.1f} MiB{end}"

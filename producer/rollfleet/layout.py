@@ -107,9 +107,14 @@ def write_extras(
     layout: Layout,
     out: Mapping[tuple[str, str], _Array],
 ) -> None:
-    """Write the user's numbers, NaN where a row has none, and arrays, 0 there and in padding."""
+    """Write the user's numbers, and arrays, 0 where a row has none and in padding.
+
+    Of numbers, a row that has none says NaN; in a dtype that cannot (a filler's, where all rows of
+    the step have them) 0.
+    """
     for key, values in numbers.items():
-        out[key][:] = [np.nan if value is None else value for value in values]
+        none = np.nan if out[key].dtype.kind in "fc" else 0
+        out[key][:] = [none if value is None else value for value in values]
     for name, arrays in tokens.items():
         flat = out["arrays", name]
         further = flat.shape[len(layout.shape) :]

@@ -249,6 +249,20 @@ def test_a_filler_weighs_nothing_and_runs(form: Any) -> None:
     assert (advantages[filler.rows] * filler.weights().sum()).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("value", [3, True, 2.5])
+def test_a_filler_has_a_value_of_what_every_row_has_one_of(form: Any, value: Any) -> None:
+    """Without dimensions, and of a dtype that cannot say NaN: nobody fills in for it."""
+    array = np.array(value)
+    only = [rollout(sample(4, arrays={"turns": array}))]
+    real, filler = micro_batches(only, budget_tokens=8, at_least=2, form=form)
+    assert filler.filler
+    there, here = real.tensors.arrays["turns"], filler.tensors.arrays["turns"]
+    assert there.tolist() == [value]
+    assert here.dtype == there.dtype
+    assert here.isnan().all() if array.dtype.kind == "f" else here.tolist() == [0]
+
+
 def test_a_rank_without_rollouts_has_fillers() -> None:
     none = micro_batches([], budget_tokens=8, at_least=2)
     assert [micro.filler for micro in none] == [True, True]

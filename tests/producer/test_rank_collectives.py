@@ -197,6 +197,46 @@ def test_a_redis_that_comes_back_empty_changes_nothing(make_server: MakeServer) 
         rank.close()
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_redis_that_loses_a_round_that_one_rank_has_read_hangs_nobody(
+    make_server: MakeServer, number: int
+) -> None:
+    """Rank 0 is a round ahead: rank 1 still needs what it said before. Round 0 is where they meet."""
+    server = make_server(appendonly="no")
+    ranks = members(server.url, 2)
+    if number:
+        gather(ranks, b"a", b"b")
+    lost = threading.Event()
+    hlen = ranks[1]._client.hlen
+
+    def late(key: Any) -> Any:
+        """Rank 1 looks at the round only once it was lost."""
+        if not lost.is_set() and key.endswith(f":{number}"):
+            wait_until(lambda: hlen(key) == 2, "both have spoken")
+            wait_until(lambda: ranks[0]._round == number + 1, "rank 0 has gone on")
+            with connect_sync(server.url, role="test") as client:
+                client.flushall()
+            lost.set()
+        return hlen(key)
+
+    ranks[1]._client.hlen = late  # type: ignore[method-assign]
+
+    def first() -> Any:
+        if number:
+            assert ranks[0].all_gather(b"c", 20) == [b"c", b"d"]
+        return ranks[0].all_gather(b"e", 20)
+
+    def second() -> Any:
+        if number:
+            assert ranks[1].all_gather(b"d", 20) == [b"c", b"d"]
+        return ranks[1].all_gather(b"f", 20)
+
+    assert together(first, second) == [[b"e", b"f"]] * 2
+    assert lost.is_set()
+    for rank in ranks:
+        rank.close()
+
+
 def torchrun(processes: Processes, *argv: str) -> Any:
     flags = ["--standalone", "--nproc-per-node=2", "-m", "fixtures.torch_ranks"]
     env = {"OMP_NUM_THREADS": "1"}

@@ -144,6 +144,7 @@ class RankBatch:
         from rollfleet.microbatch import micro_batches_of  # noqa: PLC0415 - torch is optional
 
         options = {"missing": "fill", **self.collate}
+        options.pop("form", None)  # of `tensors`; ours is planned for
         t = self.tally
         whole = StepTotals(t.trained_tokens, t.trained_rows, t.trained_samples, len(self.micro))
         micros = micro_batches_of(self.rollouts, self.micro, form=self.form, **options)

@@ -32,7 +32,7 @@ def connect_ranks(
     collective: Collective | Name = "auto",
     whole_groups: bool = True,
     budget_tokens: int | None = None,
-    form: Form = "packed",
+    form: Form | None = None,
     cost: Cost | None = None,
     tensors: bool | None = None,
     timeout_s: float = 1800.0,
@@ -56,13 +56,14 @@ def connect_ranks(
         whole_groups: Members of a group stay on one rank, so that a group's statistics can be made
             there. If not, ranks are more even.
         budget_tokens: Tokens of one micro-batch; None: a rank's share is one.
-        form: Of micro-batches: ``packed`` or ``padded``.
+        form: Of micro-batches: ``packed`` or ``padded``; by default what `collate` says, else packed.
         cost: What ranks are balanced by; by default tokens.
         tensors: Collate each share ahead, in the background; by default if torch is installed.
         timeout_s: Longest wait of a rank for the others: longer than the slowest of what they do
             between two batches (a checkpoint, a publish).
         policy: As of :func:`rollfleet.connect`. `refine` is asked on the rank that has the rollouts,
-            in a thread of its own; `judge`, on rank 0.
+            in a thread of its own; `judge`, on rank 0. With whole_groups=False, `refine` is told
+            the members of a group that are on its rank.
         should_accept: As of :func:`rollfleet.connect`; asked on the rank that has the group.
         state: Of :meth:`RankFleet.state_dict`; rank 0's counts. The number of ranks may have changed.
         version: The policy's version now; by default wherever the run is. Rank 0's counts.
@@ -76,15 +77,15 @@ def connect_ranks(
     """
     if redis_url is not None:
         settings["redis_url"] = redis_url
-    if isinstance(policy, str):
-        settings["policy"], policy = policy, None
-    loaded = TrainerSettings.load(**settings)
+    named: dict[str, Any] = {"policy": policy} if isinstance(policy, str) else {}
+    own = None if isinstance(policy, str) else policy
+    loaded = TrainerSettings.load(**settings, **named)
     if isinstance(collective, str):
         collective = collective_named(collective, loaded.redis_url, loaded.run, timeout_s)
     leader: Fleet | None = None
     cause: Exception | None = None
     try:
-        check_division(loaded, collective.size, whole_groups, should_accept)
+        check_division(loaded, collective.size, whole_groups, should_accept, own)
         if collective.rank == 0:
             leader = connect(
                 policy=policy,
@@ -107,7 +108,7 @@ def connect_ranks(
         collective.close(str(exc))
         raise
     options = dict(collate or {})
-    guarded = _policy(loaded, policy) if leader is None else leader.aio.policy
+    guarded = _policy(loaded, own) if leader is None else leader.aio.policy
     ahead = importlib.util.find_spec("torch") is not None if tensors is None else tensors
     rank = collective.rank
 
@@ -133,7 +134,7 @@ def connect_ranks(
             collective.size,
             whole_groups,
             budget_tokens,
-            form,
+            form or options.get("form") or "packed",
             int(options.get("pad_multiple", 1)),
             cost or Cost(),
         ),
@@ -144,12 +145,17 @@ def connect_ranks(
 
 
 def check_division(
-    settings: TrainerSettings, ranks: int, whole_groups: bool, accept: Accept | None
+    settings: TrainerSettings,
+    ranks: int,
+    whole_groups: bool,
+    accept: Accept | None,
+    policy: Policy | None,
 ) -> None:
     """Whether a batch can be divided over so many ranks.
 
     Raises:
-        SettingsError: A rank would be left without rollouts, or `accept` be told torn groups.
+        SettingsError: A rank would be left without rollouts, or `accept` or the policy, be it the
+            settings' or `policy`, be told parts of groups as if they were whole.
     """
     groups = settings.batch // settings.group_size
     parts, what = (groups, "groups") if whole_groups else (settings.batch, "samples")
@@ -164,6 +170,12 @@ def check_division(
         raise SettingsError(
             "should_accept is told whole groups, and whole_groups=False divides them over ranks: "
             "leave one of the two out"
+        )
+    least = settings.min_group_size if policy is None else getattr(policy, "min_group_size", None)
+    if least is not None and not whole_groups:
+        raise SettingsError(
+            f"min_group_size counts the members of a group that may be trained on, here {least}, "
+            "and whole_groups=False divides them over ranks: leave one of the two out"
         )
 
 

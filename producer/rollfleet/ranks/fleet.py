@@ -63,8 +63,10 @@ class RankFleet:
         self._lead = None if leader is None else Leader(leader.aio, division)
         self._loader = Loader(settings, reader, collective.rank)
         self._bad: dict[str, str] = {}
-        #: What only the leader did, and failed with: told at the next batch.
+        #: What only the leader did, and failed with first: told at the next batch.
         self._late: RollfleetError | None = None
+        #: Whether the leader has yet to hear that a batch is asked for.
+        self._asking = False
         #: Why no further round can be.
         self._broken: CollectiveError | None = None
         self._closed = False
@@ -105,8 +107,7 @@ class RankFleet:
         began = time.monotonic()
         until = began + (self.settings.starve_s if timeout_s is None else timeout_s)
         want = self.settings.batch if samples is None else samples
-        if self._lead is not None and self._broken is None:
-            self._led(self._lead.begin())
+        self._asking = True
         while True:
             conclusion = self._round(want, until)
             word = conclusion.word
@@ -154,6 +155,9 @@ class RankFleet:
             late, self._late = self._late, None
             if late is not None:
                 return Vote(failure=Failure.of(late)), late
+            if self._lead is not None and self._asking:
+                self._led(self._lead.begin())
+                self._asking = False
             vote = self._loader.vote(self.version, until)
             if self._lead is not None:
                 bad, self._bad = self._bad, {}
@@ -226,13 +230,14 @@ class RankFleet:
         return {} if self.leader is None else self.leader.state_dict()
 
     def _on_leader(self, call: Callable[[Fleet], object]) -> None:
-        if self.leader is None or self._late is not None:
+        if self.leader is None:
             return
         try:
             call(self.leader)
         except RollfleetError as exc:
-            # Raised here alone, it would leave the others waiting in a collective.
-            self._late = exc
+            # Raised here alone, it would leave the others waiting in a collective. What is called
+            # after it is still done: a commit left out is a batch that is trained on twice.
+            self._late = self._late or exc
 
     def _led(self, coroutine: Coroutine[Any, Any, T]) -> T:
         assert self.leader is not None  # noqa: S101 - asked on rank 0 only

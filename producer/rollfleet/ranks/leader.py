@@ -11,7 +11,6 @@
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from rollfleet.ranks.share import Share
 from rollfleet.ranks.words import SHARE, Conclusion, Revised, Word
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.messages import Prompt, Rollout
+from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Division", "Leader"]
 
@@ -188,9 +188,8 @@ class Leader:
     async def _stop_picking(self) -> None:
         picking, self._picking = self._picking, None
         if picking is not None:
-            picking.cancel()
-            with suppress(asyncio.CancelledError, StarvedError):
-                await picking
+            # What else it failed with, the next pick meets itself.
+            await cancel_all([picking])
 
     async def _plan_ahead(self, want: int) -> _Proposal | None:
         """The batch after the one that is being handed over, if all of it is here."""

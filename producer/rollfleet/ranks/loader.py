@@ -17,6 +17,7 @@ from rollfleet.ranks.words import Vote
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import RankError, StarvedError
 from rollfleet_common.redis import connect
+from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Loader"]
 
@@ -89,13 +90,17 @@ class Loader:
             future.cancel()
             raise StarvedError("the payloads of a batch did not come in time") from exc
 
+    async def _end(self) -> None:
+        # All of them: what was begun for an earlier plan may not have noticed that it was given up,
+        # and a task that its loop leaves behind is complained about when it is collected.
+        await cancel_all(asyncio.all_tasks() - {asyncio.current_task()})
+        await self._client.aclose()
+
     def close(self) -> None:
         """Give up what is coming, and let go of Redis."""
-        if self._coming is not None:
-            self._coming.cancel()
-        self._reader.close()
         with suppress(TimeoutError):
-            self._run(self._client.aclose()).result(5)
+            self._run(self._end()).result(5)
+        self._reader.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
         if not self._thread.is_alive():

@@ -3,7 +3,8 @@
 - A session is the set of processes that met: its name is made of a nonce of each, so that what a
   rank of an earlier job left is never heard.
 - A round is one hash with a TTL, written idempotently and again while it is not complete: a lost
-  reply, or a Redis that restarted empty, changes nothing.
+  reply, or a Redis that restarted empty, changes nothing. Who waits in a round repeats what it said
+  in the one before, too: another may not have read that yet.
 - Every rank renews a sign of life; one that stopped is noticed after :data:`GONE_S`, however long
   a round may take.
 """
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
@@ -66,6 +68,8 @@ class RedisCollective:
         self._nonce = secrets.token_hex(8).encode()
         self._session = ""
         self._round = 0
+        #: Where we spoke last, and what.
+        self._last: tuple[str, bytes] | None = None
         self._gone_since: dict[int, float] = {}
         self._ended = threading.Event()
         self._beating: threading.Thread | None = None
@@ -92,17 +96,22 @@ class RedisCollective:
     def _words(self, key: str, own: bytes, deadline: float) -> list[bytes]:
         """Say `own` in a round, and wait for everyone's."""
         began, say_at = time.monotonic(), 0.0
+        before, self._last = self._last, (key, own)
         while True:
             now = time.monotonic()
             if now >= say_at:
+                words = [(key, own)]
+                if say_at and before is not None:
+                    words.append(before)
+                for word in words:
+                    self._try(partial(self._say, *word), deadline)
                 say_at = now + AGAIN_S
-                self._try(lambda: self._say(key, own), deadline)
                 if say_at > began + 2 * AGAIN_S:
                     self._look_for_the_others(key, deadline)
             if self._try(lambda: self._client.hlen(key), deadline) == self.size:
-                words: Any = self._try(lambda: self._client.hgetall(key), deadline)
-                if len(words) == self.size:
-                    return [words[str(rank).encode()] for rank in range(self.size)]
+                heard: Any = self._try(lambda: self._client.hgetall(key), deadline)
+                if len(heard) == self.size:
+                    return [heard[str(rank).encode()] for rank in range(self.size)]
             if now > deadline:
                 here = self._try(lambda: self._client.hkeys(key), deadline)
                 said = {int(rank) for rank in here}
@@ -130,6 +139,7 @@ class RedisCollective:
                 session = hashlib.sha256(b" ".join(self._nonces)).hexdigest()[:16]
                 key = self._keys.ranks(session, 0)
                 self._try(lambda key=key: self._say(key, SAID), deadline)  # type: ignore[misc]
+                self._last = key, SAID
                 if self._all_in(key, deadline):
                     self._session = session
                     return
@@ -142,11 +152,15 @@ class RedisCollective:
             time.sleep(LOOK_S[1])
 
     def _all_in(self, key: str, deadline: float) -> bool:
-        """Whether all of a session have met; False as soon as one of its members was replaced."""
+        """Whether all of a session have met; False as soon as one of its members was replaced.
+
+        And after a while: Redis may have lost what we said.
+        """
+        until = min(deadline, time.monotonic() + AGAIN_S)
         while self._signs(deadline) == self._nonces:
             if self._try(lambda: self._client.hlen(key), deadline) == self.size:
                 return True
-            if time.monotonic() > deadline:
+            if time.monotonic() > until:
                 return False
             time.sleep(LOOK_S[1])
         return False
@@ -206,6 +220,8 @@ class RedisCollective:
             self._beating.join()
             with suppress(RedisError, OSError):
                 if self._session:
+                    if self._last is not None:
+                        self._say(*self._last)
                     key = self._keys.ranks(self._session, self._round + 1)
                     self._say(key, LEFT + (why or "its loop has ended").encode())
                 self._client.delete(self._keys.rank(self.rank))
