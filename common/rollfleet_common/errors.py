@@ -235,6 +235,9 @@ class DataError(EpisodeError):
 class EngineRefusedError(DataError):
     """An inference server refused the request itself (4xx): too long, malformed, unknown model."""
 
+    #: Which of several servers it was; "" if that was not said.
+    server: str = ""
+
 
 class RewardError(DataError):
     """The reward function raised, crashed its process, or returned no finite number."""

@@ -349,6 +349,24 @@ async def test_without_an_inference_server_nothing_is_claimed(
     assert worker.stop() == 0
 
 
+def test_a_servers_password_is_in_no_log(redis_url: str, processes: Processes) -> None:
+    secret = "http://me:s3same@127.0.0.1:9"
+    worker = processes.worker(redis_url, "hidden", "Served", server=secret)
+    assert worker.event("worker started")["servers"] == ["http://127.0.0.1:9"]
+    assert worker.stop() == 0
+    wrong = [
+        processes.worker(redis_url, "hidden", server=url)
+        for url in (
+            "http://me:s3same@[::",
+            "ftp://me:s3same@host",
+            "http://me:s3same@host:99999",
+        )
+    ]
+    for process in wrong:
+        refused(process)
+    assert all("s3same" not in process.text for process in [worker, *wrong])
+
+
 # ---- pages -------------------------------------------------------------------------------------
 
 

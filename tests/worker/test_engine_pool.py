@@ -220,6 +220,16 @@ async def test_other_errors_are_not_tried_again(pool_of, error):
     assert all(status.state is ServerState.SERVING for status in pool.states())
 
 
+async def test_a_refusal_says_which_server_it_was(pool_of):
+    crew = servers(2)
+    pool = pool_of(*crew)
+    home = await favourite(pool)
+    crew[int(home[1])].script.append(EngineRefusedError("no"))
+    with pytest.raises(EngineRefusedError) as caught:
+        await pool.generate(request_of())
+    assert caught.value.server == home
+
+
 async def test_a_server_that_only_answers_nonsense_is_put_out(pool_of):
     crew = servers(2)
     pool = pool_of(*crew, unusable_limit=2, backoff_s=60.0, max_backoff_s=60.0)

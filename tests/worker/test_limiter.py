@@ -66,6 +66,24 @@ def test_what_is_used_and_does_no_harm_grows_back_to_the_cap(cap):
     assert limiter.limit == cap
 
 
+@LEISURELY
+@given(st.integers(1, 600), st.integers(1, 64))
+def test_calls_that_come_in_lumps_leave_no_limit_stuck(cap, lump):
+    limiter = Limiter(cap, lump=lump)
+
+    def running():
+        """As many whole calls as fit, and one in any case."""
+        units = min(lump, cap)
+        return max(units, limiter.limit // units * units)
+
+    for tick in range(50):
+        limiter.observe(FULL, running(), tick * 2 * REACT_S)
+    assert limiter.limit == limiter.floor >= min(lump, cap)
+    for tick in range(50, 200):
+        limiter.observe(FINE, running(), tick * 2 * REACT_S)
+    assert limiter.limit == cap
+
+
 def test_a_limit_that_is_not_used_does_not_grow():
     limiter = Limiter(256)
     limiter.observe(FULL, 256, 0.0)

@@ -301,6 +301,108 @@ async def test_a_failing_server_that_is_refitted_meanwhile_is_not_let_in_by_a_pr
     await rig.until(s0="stale")
 
 
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("state", ["stale", "refitting"])
+async def test_a_probe_gives_no_waiter_a_server_that_may_not_serve(rig_of, failed, state):
+    rig = rig_of("s0", tries=1)
+    server = rig.made["s0"]
+    server.is_ready = failed
+    if failed:
+        rig.apply(rows=[row("s0")])
+        await rig.until(s0="serving")
+        server.script.append(EngineUnavailableError("down"))
+        server.is_ready = False
+        with pytest.raises(EngineUnavailableError):
+            await rig.served_by()
+    until_ms = int((time.time() + 60) * 1000)
+    rig.apply(rows=[row("s0", state=WeightState(state), until_ms=until_ms)])
+    calls = server.calls
+    waiting = asyncio.create_task(rig.served_by())
+    await wait_until_async(lambda: rig.pool._router._waiters, "the call to wait")
+    server.is_ready = True
+    await rig.until(s0=state)
+    await asyncio.wait({waiting}, timeout=0.05)
+    assert server.calls == calls
+    rig.apply(rows=[row("s0", 4)])
+    assert await waiting == "s0"
+    assert server.serves[-1] == 4
+
+
+async def test_a_row_that_comes_between_a_turn_and_its_call_sends_it_back_to_its_place(rig_of):
+    rig = rig_of("s0", cap=3)
+    rig.apply()
+    await rig.until(s0="serving")
+    server = rig.made["s0"]
+    server.gate = Gate()
+    order = []
+
+    async def call(i):
+        await rig.served_by()
+        order.append(i)
+
+    first = [asyncio.create_task(call(i)) for i in range(3)]
+    await wait_until_async(lambda: server.in_flight == 3, "the server to be full")
+    late = [asyncio.create_task(call(i)) for i in range(3, 8)]
+    await wait_until_async(lambda: len(rig.pool._router._waiters) == 5, "the others to wait")
+    member = rig.pool._members["s0"]
+    rig.pool._router.release(member, 2)  # the turn of two of them came ...
+    rig.apply(rows=[row("s0", state=WeightState.STALE)])  # ... before they could run
+    await wait_until_async(lambda: len(rig.pool._router._waiters) == 5, "them to be back")
+    assert server.calls == 3
+    member.in_flight += 2
+    server.gate.set()
+    await asyncio.gather(*first)
+    assert member.in_flight == 0
+    assert server.calls == 3
+    rig.pool._cap = member.limiter.cap = 1
+    member.limiter._limit = 1.0
+    rig.apply(rows=[row("s0", at_ms=2)])
+    await asyncio.gather(*late)
+    assert order[3:] == [3, 4, 5, 6, 7]
+
+
+async def test_a_server_removed_between_a_turn_and_its_call_is_closed(rig_of):
+    rig = rig_of("s0", cap=1)
+    rig.apply("s1")
+    await rig.until(s0="serving", s1="serving")
+    made = rig.made
+    for server in made.values():
+        server.gate = Gate()
+    calls = [asyncio.create_task(rig.served_by()) for _ in made]
+    await wait_until_async(lambda: all(s.in_flight for s in made.values()), "both to be full")
+    waiting = asyncio.create_task(rig.served_by())
+    await wait_until_async(lambda: rig.pool._router._waiters, "the third to wait")
+    for call in calls:
+        call.add_done_callback(lambda _: rig.apply())
+    made["s1"].gate.set()  # the turn of the third comes, and s1 is removed before it can run
+    await wait_until_async(lambda: made["s1"].closed == 1, "it to be closed")
+    assert made["s1"].calls == 1
+    made["s0"].gate.set()
+    assert set(await asyncio.gather(*calls)) == {"s0", "s1"}
+    assert await waiting == "s0"
+
+
+@pytest.mark.parametrize("state", ["stale", "refitting"])
+async def test_rows_that_redis_lost_let_nobody_in_who_was_out(rig_of, state):
+    rig = rig_of("s0", "s1")
+    refits = replace(BOARD, refits=True)
+    until_ms = int((time.time() + 60) * 1000)
+    rows = [row("s0", state=WeightState(state), until_ms=until_ms), row("s1")]
+    rig.apply(rows=rows, board=refits)
+    await rig.until(s0=state, s1="serving")
+    rig.apply(board=refits)
+    assert rig.states == {"s0": state, "s1": "serving"}
+    assert {await rig.served_by(str(i)) for i in range(20)} == {"s1"}
+    # The healer writes them again; or the trainer lets go of all servers.
+    rig.apply(rows=[row("s0", 4), row("s1")], board=refits)
+    assert rig.states["s0"] in ("trial", "serving")
+    rig.apply(rows=rows, board=refits)
+    rig.apply(board=refits)
+    assert rig.states["s0"] == state
+    rig.apply()
+    assert rig.states["s0"] in ("trial", "serving")
+
+
 async def test_a_server_silent_for_long_is_dead_and_comes_back_all_the_same(rig_of):
     rig = rig_of("s0", patience=replace(QUICK, dead_s=1e-6))
     rig.made["s0"].is_ready = False
@@ -375,12 +477,23 @@ async def test_a_server_that_a_dead_trainer_left_paused_is_resumed(kind):
         pool = EnginePool([Server(fake.url)], monitor=Monitor, patience=QUICK)
         try:
             until_ms = int((time.time() + 0.05) * 1000)
-            pool.apply({}, {fake.url: refitting(fake.url, until_ms)}, BOARD)
+            rows = {fake.url: refitting(fake.url, until_ms)}
+            pool.apply({}, rows, BOARD)
+
+            def stale():
+                return pool.states()[0].state is ServerState.STALE
+
             # Nobody reads Redis again: the row's time runs out by itself.
+            await wait_until_async(stale, "the row to run out")
+            assert pool.states()[0].why == "its refit did not end in time"
+            # Who is cut off from Redis does not know that it was refitted since: what runs on a
+            # server that is well must not be aborted. Nor does a late answer to an early question.
+            pool.apply({}, rows, BOARD, until_ms)
+            assert pool._members[fake.url].unpauser is None
+            assert fake.paused
+            pool.apply({}, rows, BOARD)
             await wait_until_async(lambda: not fake.paused, "the pause to end")
-            (status,) = pool.states()
-            assert status.state is ServerState.STALE
-            assert status.why == "its refit did not end in time"
+            assert stale()
             # Untagged weights may be loaded: what stood there must not go on under the old tag.
             paths = [path for path, _ in fake.calls]
             cut, on = ("/abort_requests", "/resume") if kind is ControlledVllm else SGLANG_ENDS

@@ -134,6 +134,29 @@ async def test_a_refusal_is_the_end_of_the_context_only_where_it_can_be_nothing_
         await Resumer(Model([], context=0)).go_on(request_for(20), model.piece(0, 5, ABORTED))
 
 
+async def test_a_refusal_by_another_server_than_the_last_one_ends_nothing():
+    class Mixed(Model):
+        """The second request meets a server that takes less."""
+
+        def __init__(self, refusals: int) -> None:
+            super().__init__([])
+            self.refusals = refusals
+
+        async def generate(self, request: Request, n: int = 1) -> Sequence[Generation]:
+            if self.asked and self.refusals:
+                self.refusals -= 1
+                refused = EngineRefusedError("400: too long for me")
+                refused.server = "http://other"
+                raise refused
+            return await super().generate(request, n)
+
+    made = await Resumer(Mixed(2), segment_tokens=4).go_on(request_for(20))
+    assert (len(made.token_ids), made.finish_reason) == (20, "length")
+    # No fault of the prompt: the next attempt may meet another server.
+    with pytest.raises(EngineUnavailableError, match=r"3 times in a row.*400: too long for me"):
+        await Resumer(Mixed(99), segment_tokens=4, max_resumes=2).go_on(request_for(20))
+
+
 async def test_n_completions_are_whole_each_and_errors_pass():
     model = Model([("abort", 1), ("abort", 2)])
     made = await Resumer(model, segment_tokens=3).generate(request_for(7), n=3)

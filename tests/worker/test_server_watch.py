@@ -11,6 +11,7 @@ from fixtures.fake_control import ControlledVllm
 from support import wait_until_async
 
 from rollfleet_common.errors import EngineUnavailableError
+from rollfleet_common.servers import Server
 from rollfleet_worker.inference.breaker import Patience
 from rollfleet_worker.inference.engine import Request, Sampling
 from rollfleet_worker.inference.monitor import Monitor, read_load
@@ -176,6 +177,21 @@ async def test_a_server_that_holds_requests_and_does_nothing_is_out_and_they_go_
         await wait_until_async(lambda: state_of(pool, hung) is ServerState.TRIAL, "a trial")
         assert pool._members[hung.url].promotion is None
         assert "hangs: nothing that it counts has moved" in pool._members[hung.url].last_error
+
+
+async def test_a_server_that_hangs_is_found_out_after_it_was_removed(watched):
+    async with Told() as hung, Told(works=True) as well:
+        pool = watched(well, make=lambda url, _: VllmEngine(url))
+        pool.apply({hung.url: Server(hung.url)}, {}, pool._policy)
+        call = await held(pool, hung)
+        member = pool._members[hung.url]
+        pool.apply({}, {}, pool._policy)
+        assert hung.url not in pool._members
+        (made,) = await asyncio.wait_for(call, 10.0)
+        assert made.server == well.url
+        # And nobody looks at it any more.
+        await wait_until_async(lambda: member.watcher is None or member.watcher.done(), "the end")
+        assert not pool._leaving
 
 
 async def test_a_server_that_is_slow_and_works_is_left_in_peace(watched):

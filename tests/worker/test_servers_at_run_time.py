@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -166,6 +168,47 @@ async def test_a_server_serves_what_the_trainer_says_or_not_at_all(live: Live) -
         assert await live.servers_of(4) == {one.url}
         books = await live.fleet.books()
         assert (books.balance, books.dead) == (0, 0)
+
+
+async def test_a_worker_that_drains_still_follows_its_servers(live: Live) -> None:
+    async with ControlledVllm(version="0") as fake:
+        await live.cli("add", fake.url)
+        await live.until(fake, "serving")
+        until_ms = int((time.time() + 60) * 1000)
+        await live.tell(ServerWeights(fake.url, WeightState.REFITTING, 0, until_ms=until_ms))
+        await live.until(fake, "refitting")
+        for _ in range(2):
+            await live.fleet.submit({"token_ids": [1, 2]})
+        busy = "rollfleet_slots_busy"
+        await wait_until_async(
+            lambda: asyncio.to_thread(lambda: live.worker.metric(busy) == 4), "calls to wait", 30.0
+        )
+        live.worker.signal(signal.SIGTERM)
+        live.worker.event("draining", episodes=4)
+        # The refit ends while the worker drains.
+        await live.tell(live.row(fake, 0))
+        batch = await live.fleet.next_batch(4)
+        assert batch is not None
+        await live.fleet.commit(batch)
+        assert {rollout.header.attempt for rollout in batch.rollouts} == {1}
+        assert await asyncio.to_thread(live.worker.wait) == 0
+        assert not live.worker.events("handed back")
+
+
+async def test_sampling_that_a_prompt_brings_reaches_the_server(live: Live) -> None:
+    async with ControlledVllm(version="0") as fake:
+        await live.cli("add", fake.url)
+        await live.until(fake, "serving")
+        sampling = {"max_tokens": 2, "stop_token_ids": [7, 9]}
+        await live.fleet.submit({"token_ids": [1, 2], "sampling": sampling})
+        batch = await live.fleet.next_batch(2)
+        assert batch is not None
+        await live.fleet.commit(batch)
+        assert {rollout.header.attempt for rollout in batch.rollouts} == {1}
+        asked = [seen.body["sampling_params"] for seen in fake.seen]
+        assert sum(one["n"] for one in asked) == 2
+        for one in asked:
+            assert (one["max_tokens"], one["stop_token_ids"]) == (2, [7, 9])
 
 
 async def test_a_server_that_was_left_paused_by_a_dead_trainer_goes_on(live: Live) -> None:

@@ -125,6 +125,40 @@ async def test_a_server_that_tells_nothing_is_taken_at_the_fleets_word(fake, con
     assert one.versions.expand(4).tolist() == [5] * 4
 
 
+@pytest.mark.parametrize("serves", [NO_VERSION, 5])
+async def test_versions_that_are_told_no_more_are_not_made_up(fake, connect, kit, serves):
+    if not fake.spans or kit.name == "vllm-completions":
+        pytest.skip("this one never told")
+    client = connect()
+    fake.version = "5"
+    await client.generate(request_of(version=5))
+    # The board is ahead of the server, which has told every token's version until now.
+    fake.dev_mode = False
+
+    def silent(answer):
+        for one in answer.get("choices", ()):
+            one.pop("weight_versions")
+        if "meta_info" in answer:
+            del answer["meta_info"]["weight_versions"]
+            del answer["meta_info"]["weight_version"]
+
+    fake.script.append(fake_vllm.spoilt(silent))
+    if serves == NO_VERSION:
+        weights = client._weights.read
+
+        async def away(at_least=NO_VERSION):
+            raise EngineUnavailableError("gone")
+
+        client._weights.read = away
+        with pytest.raises(EngineUnavailableError, match="does not say which weights made it"):
+            await client.generate(request_of(version=6))
+        client._weights.read = weights
+        assert client._spans is None  # it is asked beforehand next time
+    else:
+        (one,) = await client.generate(request_of(version=6, serves=serves))
+        assert one.versions.expand(4).tolist() == [5] * 4
+
+
 def test_the_error_can_be_copied_for_every_caller():
     error = copy.copy(StaleServerError("lost", 7, 6))
     assert (str(error), error.serves, error.found) == ("lost", 7, 6)

@@ -31,6 +31,7 @@ from rollfleet_common.keys import RunKeys, check_name
 from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.messages import NO_VERSION, Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
+from rollfleet_common.servers import server_name
 from rollfleet_common.streams import Streams
 from rollfleet_common.tasks import cancel_all
 from rollfleet_worker.claim import BLOCK_MS, Claimer
@@ -317,7 +318,7 @@ class Worker:
                 redis=safe_url(url),
                 routes=self.routes,
                 slots=s.slots,
-                servers=s.servers,
+                servers=[server_name(url) for url in s.servers],
                 health_port=health.port or None,
             )
             reader = connect(url, role=f"follow-{self.id}", blocking=True, block_s=2.0)
@@ -342,7 +343,7 @@ class Worker:
 
     async def _work(self, client: Any, url: str, readers: list[Any]) -> int:
         follower = self._follower
-        following = asyncio.create_task(follower.run(self._stopping), name="follow")
+        following = asyncio.create_task(follower.run(), name="follow")
         tasks: list[asyncio.Task[Any]] = [following]
         failed: asyncio.Task[Any] | None = None
         claiming: list[asyncio.Task[None]] = []

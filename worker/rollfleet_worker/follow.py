@@ -20,8 +20,11 @@ from rollfleet_common.servers import Server, Servers, ServerWeights
 
 __all__ = ["Follower", "OnServers"]
 
-#: Told the registered servers, what the trainer wrote of weights, and the board; after every look.
-OnServers = Callable[[Mapping[str, Server], Mapping[str, ServerWeights], PolicyVersion], None]
+#: Told the registered servers, what the trainer wrote of weights, the board, and when they were
+#: asked for, in Unix milliseconds; after every look.
+OnServers = Callable[
+    [Mapping[str, Server], Mapping[str, ServerWeights], PolicyVersion, float], None
+]
 
 log = structlog.get_logger("rollfleet.worker")
 
@@ -59,10 +62,10 @@ class Follower:
         """Whether the trainer asked for nothing new; a pause expires by itself."""
         return self.policy.paused_until_ms > time.time() * 1000
 
-    async def run(self, stopping: asyncio.Event) -> None:
-        """Follow until `stopping` is set."""
+    async def run(self) -> None:
+        """Follow until cancelled: a worker that drains has calls on servers, too."""
         last = "$"
-        while not stopping.is_set():
+        while True:
             await retry(self._read, what="read the board", deadline_s=None, on_wait=self._on_wait)
             try:
                 last = await self.board.wait(self.reader, last, BLOCK_MS)
@@ -73,6 +76,7 @@ class Follower:
                 await asyncio.sleep(AGAIN_S)
 
     async def _read(self) -> None:
+        asked_ms = time.time() * 1000
         found = await self.board.read()
         # After the board: a row may be newer than it, and is not taken for one of a lost history.
         servers, weights = await self.servers.read()
@@ -86,7 +90,7 @@ class Follower:
             )
         changed = policy != self.policy
         self.policy, self.shape = policy, shape
-        self._on_servers(servers, weights, policy)
+        self._on_servers(servers, weights, policy, asked_ms)
         if changed:
             self._on_change(policy)
         self.opened.set()

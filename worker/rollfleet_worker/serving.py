@@ -48,6 +48,7 @@ def build_pool(s: WorkerSettings, metrics: Metrics) -> EnginePool:
         make=make,
         monitor=lambda name: Monitor(urls.get(name, name), api_key=api_key),
         adaptive=s.adaptive,
+        lump=s.max_siblings,
         stall_s=s.stall_s,
         patience=Patience(dead_s=s.dead_s),
         disagreed=metrics.disagreed.inc,

@@ -61,9 +61,14 @@ class Breaker:
         self._random = random.Random(seed)
         self.closed = False
 
-    def move(self, member: Member, event: Event) -> bool:
-        """Tell `member` that something happened; returns whether that moved it."""
-        before, after = member.state, step(member.state, event)
+    def move(self, member: Member, *events: Event) -> bool:
+        """Tell `member` what happened; returns whether that moved it.
+
+        Several events are one move: nobody sees, or is sent to, what is passed on the way.
+        """
+        before = after = member.state
+        for event in events:
+            after = step(after, event)
         if after is before or self.closed:
             return False
         member.state = after
@@ -160,8 +165,8 @@ class Breaker:
         if member.monitor is not None:
             member.monitor.forget()
         member.limiter.forget()
-        self.move(member, Event.ANSWERED)
-        self.move(member, member.stand.event)
+        # It is well, but perhaps not to be used: those who wait must not get it in between.
+        self.move(member, Event.ANSWERED, member.stand.event)
 
     def _pause_s(self, member: Member, asked_s: float) -> float:
         """Full jitter below a ceiling that doubles; no less than the server asked for."""
@@ -175,18 +180,16 @@ class Breaker:
 
     async def _unpause(self, member: Member) -> None:
         """Have a server go on that a trainer left paused; once for every row that says so."""
+        row = member.stand.row
         try:
-            while member.stand.expired and member.monitor is not None:
-                row = member.stand.row
-                try:
-                    resumed = await member.monitor.unpause()
-                except EpisodeError as exc:
-                    member.last_error = f"it may have been left paused: {exc}"
-                    await asyncio.sleep(UNPAUSE_S)
-                    continue
-                if resumed:
-                    log.warning("resumed a server that was left paused", server=member.name)
-                member.unpaused = row
-                break
+            if member.monitor is None:
+                return
+            if await member.monitor.unpause():
+                log.warning("resumed a server that was left paused", server=member.name)
+            member.unpaused = row
+        except EpisodeError as exc:
+            member.last_error = f"it may have been left paused: {exc}"
+            # Tried again after the next look at the registry that still says so.
+            await asyncio.sleep(UNPAUSE_S)
         finally:
             member.unpauser = None

@@ -224,9 +224,9 @@ class ServerClient(ABC):
             return self._base_version
         return request.version if request.serves == NO_VERSION else NO_VERSION
 
-    async def _before(self, request: Request) -> int:
-        """The version that the server has before it is asked, where its answer will not tell."""
-        return request.version if self._spans else await self._weight_version(request)
+    async def _before(self, request: Request) -> int | None:
+        """The version that the server has before it is asked; None where its answer will tell."""
+        return None if self._spans else await self._weight_version(request)
 
     async def _weight_version(self, request: Request) -> int:
         """The version that the server as a whole has now, as well as it can be known."""
@@ -235,13 +235,29 @@ class ServerClient(ABC):
             return request.version if request.serves == NO_VERSION else request.serves
         return self._untagged(request) if version is None else version
 
-    async def _older(self, before: int, request: Request) -> int:
-        """The older of `before` and the version that the server has now."""
-        # Those who went on to read the reply know that the server was there: what it cannot tell
-        # any more cannot make the tag any older.
+    async def _older(self, before: int | None, request: Request, where: str) -> int:
+        """The older of `before` and the version that the server has now; as `_oldest`."""
+        after = None
         with suppress(InfraError):
-            return min(before, await self._weight_version(request))
-        return before
+            after = await self._weight_version(request)
+        return self._oldest(before, after, request, where)
+
+    def _oldest(self, before: int | None, after: int | None, request: Request, where: str) -> int:
+        """The older of the versions before and after, each None if it is not known.
+
+        Raises:
+            EngineUnavailableError: Nobody knows, of a server that told every token's until now.
+        """
+        if before is None and request.serves != NO_VERSION:
+            before = request.serves
+        elif before is None:
+            if after is None:
+                # The board alone may be ahead of the server. It is asked beforehand next time.
+                raise EngineUnavailableError(
+                    f"{where} does not say which weights made it, as this server did until now"
+                )
+            before = request.version
+        return before if after is None else min(before, after)
 
     def _judged(self, said: Said, request: Request, whole: int, where: str) -> Generation:
         """What a server said, as a generation that can be trained on.

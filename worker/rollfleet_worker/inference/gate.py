@@ -28,7 +28,7 @@ class Stand:
     why: str = ""
     #: The row that says so; None without one.
     row: ServerWeights | None = None
-    #: A refit began and did not end in time: the server may have been left paused.
+    #: A refit began and had not ended when its time was over: the server may have been left paused.
     expired: bool = False
 
     @property
@@ -51,6 +51,7 @@ def stand_of(
     gated: bool,
     policy: PolicyVersion,
     now_ms: float,
+    read_ms: float | None = None,
     belied: ServerWeights | None = None,
     belied_by: str = "",
 ) -> Stand:
@@ -61,6 +62,8 @@ def stand_of(
         gated: Whether the trainer wrote of any server.
         policy: The board.
         now_ms: The time, in Unix milliseconds.
+        read_ms: When the row was asked for; None: now. A row that is older than its own time says
+            nothing of how that refit ended.
         belied: A row that proved wrong: only another one counts.
         belied_by: How it proved wrong.
     """
@@ -72,7 +75,8 @@ def stand_of(
         if now_ms <= row.until_ms:
             return Stand(Event.REFIT, row.version, "being refitted", row)
         why = "its refit did not end in time"
-        return Stand(Event.OUTDATED, row.version, why, row, expired=True)
+        expired = (now_ms if read_ms is None else read_ms) > row.until_ms
+        return Stand(Event.OUTDATED, row.version, why, row, expired=expired)
     if row.state is WeightState.STALE:
         return Stand(Event.OUTDATED, row.version, row.why or "the trainer says so", row)
     if row == belied:

@@ -26,6 +26,7 @@ from rollfleet_common.errors import (
     OverloadedError,
     SettingsError,
 )
+from rollfleet_common.servers import server_name
 
 __all__ = ["HttpClient", "OverloadedError", "Reply"]
 
@@ -140,12 +141,15 @@ class HttpClient:
         max_connections: int = 1024,
         max_response_bytes: int = 256 * _MIB,
     ) -> None:
+        shown = server_name(str(url))
         try:
             parsed = URL(url)
         except (TypeError, ValueError) as exc:
-            raise SettingsError(f"server url {url!r} cannot be read: {exc}") from exc
+            # What was wrong with it may quote it, password and all.
+            why = type(exc).__name__
+            raise SettingsError(f"server url {shown!r} cannot be read ({why})") from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise SettingsError(f"server url {url!r} must look like http://host:port")
+            raise SettingsError(f"server url {shown!r} must look like http://host:port")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise SettingsError(
                 f"api_key of server {parsed.host} cannot be an HTTP header: only printable ASCII can"

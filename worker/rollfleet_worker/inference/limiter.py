@@ -48,12 +48,15 @@ class Limiter:
 
     Args:
         cap: The most; also where it begins.
-        adaptive: False: it stays there.
+        lump: Requests that come as one, at most. No limit is below it, or what runs could never fall
+            to the limit; and one that does not leave room for another lump counts as used.
+        adaptive: False: it stays at the cap.
     """
 
-    def __init__(self, cap: int, *, adaptive: bool = True) -> None:
+    def __init__(self, cap: int, *, lump: int = 1, adaptive: bool = True) -> None:
         self.cap = cap
-        self.floor = max(1, cap // 32)
+        self.floor = min(cap, max(1, cap // 32, lump))
+        self._lump = lump
         self._adaptive = adaptive
         self._limit = float(cap)
         self._step = max(1.0, cap / CLIMB_TICKS)
@@ -85,9 +88,12 @@ class Limiter:
             self._settling = False
         if preempted or queued or load.kv_usage > KV_CUT:
             self._cut(now_s)
-        elif load.kv_usage < KV_HOLD and in_flight >= USED * self.limit and not self._settling:
+        elif load.kv_usage < KV_HOLD and self._used(in_flight) and not self._settling:
             self._limit = min(self._limit + self._step, float(self.cap))
         return self.limit
+
+    def _used(self, in_flight: int) -> bool:
+        return in_flight >= USED * self.limit or in_flight + self._lump > self.limit
 
     def _cut(self, now_s: float) -> None:
         if not self._settling:

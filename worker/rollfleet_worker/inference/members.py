@@ -126,12 +126,16 @@ class Member:
             why=self.why(),
         )
 
-    def timers(self) -> "list[asyncio.Task[None]]":
-        """Cancel whatever is due to happen to it; returns the tasks that still have to end."""
+    def timers(self, *, watched: bool = False) -> "list[asyncio.Task[None]]":
+        """Cancel what is due to happen to it; returns the tasks that still have to end.
+
+        `watched`: what runs there is still looked after.
+        """
         for handle in (self.promotion, self.recheck):
             if handle is not None:
                 handle.cancel()
-        tasks = [t for t in (self.revival, self.watcher, self.unpauser) if t is not None]
+        due = (self.revival, self.unpauser, None if watched else self.watcher)
+        tasks = [task for task in due if task is not None]
         for task in tasks:
             task.cancel()
         return tasks

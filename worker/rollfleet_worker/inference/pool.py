@@ -59,6 +59,7 @@ class EnginePool:
         monitor: Makes the side door of a server from its name; None: servers are not watched, and
             limits stay at the cap.
         adaptive: Whether limits follow what servers say of themselves.
+        lump: Completions that one call asks for, at most: no limit is below it.
         stall_s: After so long without progress a server hangs; 0.0: never.
         poll_s: Between two looks at a busy server.
         tries: How many times one call is made, each on the best server at hand.
@@ -80,6 +81,7 @@ class EnginePool:
         make: Callable[[str, str], NamedEngine] | None = None,
         monitor: Callable[[str], Monitor] | None = None,
         adaptive: bool = True,
+        lump: int = 1,
         stall_s: float = 60.0,
         poll_s: float = 1.0,
         tries: int = 3,
@@ -93,8 +95,8 @@ class EnginePool:
         names = [engine.name for engine in engines]
         if not (names or make) or len(set(names)) < len(names):
             raise SettingsError(f"a pool needs servers with different names, got {names}")
-        if per_server_cap < 1 or tries < 1 or unusable_limit < 1:
-            raise SettingsError("per_server_cap, tries and unusable_limit must be at least 1")
+        if min(per_server_cap, lump, tries, unusable_limit) < 1:
+            raise SettingsError("per_server_cap, lump, tries and unusable_limit must be at least 1")
         if not 0.0 < patience.backoff_s <= patience.max_backoff_s:
             raise SettingsError(
                 f"backoff_s {patience.backoff_s} must be within 0 .. {patience.max_backoff_s}"
@@ -103,6 +105,7 @@ class EnginePool:
         self._make = make
         self._monitor = monitor
         self._adaptive = adaptive
+        self._lump = lump
         self._tries = tries
         self._unusable_limit = unusable_limit
         self._disagreed = disagreed
@@ -112,7 +115,8 @@ class EnginePool:
         self._closing: set[asyncio.Task[None]] = set()
         self._weights: Mapping[str, ServerWeights] = {}
         self._policy = PolicyVersion(NO_VERSION, 0)
-        self._router = Router(self._members, wait_s)
+        self._read_ms: float | None = None
+        self._router = Router(self._members, wait_s, self._bury)
         self._breaker = Breaker(patience, self._router.changed, self._left, seed)
         self._watching = Watching(
             poll_s, stall_s, self._breaker.probe, self._router.serve, self._stalled
@@ -144,10 +148,15 @@ class EnginePool:
         servers: Mapping[str, Server],
         weights: Mapping[str, ServerWeights],
         policy: PolicyVersion,
+        read_ms: float | None = None,
     ) -> None:
-        """Take in the registry, what the trainer wrote of weights, and the board; idempotent."""
+        """Take in the registry, what the trainer wrote of weights, and the board; idempotent.
+
+        `read_ms` says when they were asked for, in Unix milliseconds; None: now.
+        """
         self._weights = {server_name(url): row for url, row in weights.items()}
         self._policy = policy
+        self._read_ms = time.time() * 1000 if read_ms is None else read_ms
         for name, server in servers.items():
             self._register(name, server)
         for name, member in list(self._members.items()):
@@ -173,19 +182,20 @@ class EnginePool:
 
     def _add(self, engine: NamedEngine, *, static: bool = True, kind: str = "auto") -> None:
         monitor = None if self._monitor is None else self._monitor(engine.name)
-        limiter = Limiter(self._cap, adaptive=self._adaptive)
+        limiter = Limiter(self._cap, lump=self._lump, adaptive=self._adaptive)
         self._members[engine.name] = Member(engine, limiter, monitor, static, kind)
 
     def _left(self, member: Member) -> None:
-        """A server was removed: it goes when it is idle."""
+        """A server was removed: it goes when it is idle, and may hang until then."""
         del self._members[member.name]
-        member.timers()
+        member.timers(watched=True)
         self._leaving.add(member)
         self._bury(member)
 
     def _bury(self, member: Member) -> None:
         if member in self._leaving and not member.in_flight:
             self._leaving.discard(member)
+            member.timers()
             task = asyncio.create_task(_close(member))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
@@ -198,12 +208,18 @@ class EnginePool:
             member.recheck.cancel()
             member.recheck = None
         now_ms = time.time() * 1000
+        row = self._weights.get(member.name)
+        # A server that was just registered waits for its first weights, also if it is the first.
+        gated = bool(self._weights) or (self._policy.refits and not member.static)
+        if not self._weights and self._policy.refits and member.stand.event is not Event.CURRENT:
+            # Redis lost the rows, the trainer writes them again: who was out stays out until then.
+            row, gated = member.stand.row, True
         stand = stand_of(
-            self._weights.get(member.name),
-            # A server that was just registered waits for its first weights, also if it is the first.
-            gated=bool(self._weights) or (self._policy.refits and not member.static),
+            row,
+            gated=gated,
             policy=self._policy,
             now_ms=now_ms,
+            read_ms=self._read_ms,
             belied=member.belied,
             belied_by=member.belied_by,
         )
@@ -303,6 +319,9 @@ class EnginePool:
                 if not left:
                     raise
                 failed = member
+            except EngineRefusedError as exc:
+                exc.server = member.name
+                raise
             except EngineProtocolError as exc:
                 member.unusable += 1
                 member.last_error = str(exc)
@@ -314,7 +333,6 @@ class EnginePool:
                 return made
             finally:
                 self._router.release(member, units)
-                self._bury(member)
         raise AssertionError("unreachable: the last try returns or raises")
 
     async def _acquire(self, wanted: Wanted) -> Member:

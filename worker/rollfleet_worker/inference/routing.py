@@ -9,16 +9,18 @@
 """
 
 import asyncio
+import itertools
 import time
+from bisect import insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from rollfleet_common.errors import EngineUnavailableError
 from rollfleet_common.messages import NO_VERSION
 from rollfleet_worker.inference.members import Member
-from rollfleet_worker.inference.states import COMING
+from rollfleet_worker.inference.states import COMING, IN
 
 __all__ = ["Router", "Wanted"]
 
@@ -40,6 +42,8 @@ class Wanted:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     wanted: Wanted
+    #: Its place in the order of those who wait.
+    number: int
     turn: "asyncio.Future[Member]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -51,11 +55,16 @@ class Router:
     Args:
         members: The servers, by name; the pool adds and removes.
         wait_s: How long a call waits while every server is out, before it fails.
+        released: Told of every server of which places were given back.
     """
 
-    def __init__(self, members: Mapping[str, Member], wait_s: float) -> None:
+    def __init__(
+        self, members: Mapping[str, Member], wait_s: float, released: Callable[[Member], None]
+    ) -> None:
         self._members = members
         self._wait_s = wait_s
+        self._released = released
+        self._numbers = itertools.count()
         self._waiters: deque[_Waiter] = deque()
         #: Since when every server is out, on the monotonic clock; None while one is not.
         self._out_since_s: float | None = None
@@ -70,10 +79,22 @@ class Router:
         if member is not None:
             _take(member, wanted.units)
             return member
-        waiter = _Waiter(wanted)
-        self._waiters.append(waiter)
+        began_s, number = time.monotonic(), next(self._numbers)
+        while True:
+            waiter = _Waiter(wanted, number)
+            insort(self._waiters, waiter, key=lambda one: one.number)
+            if member is not None:
+                self.release(member, wanted.units)
+            member = await self._turn(waiter, began_s)
+            if member.state in IN:
+                return member
+            # It went out between the turn and now: back to the same place in the queue.
+
+    async def _turn(self, waiter: _Waiter, began_s: float) -> Member:
+        """Wait for the turn of `waiter`; it gives its place back if it is cancelled then."""
+        wanted = waiter.wanted
         try:
-            return await self._wait(waiter)
+            return await self._wait(waiter, began_s)
         except BaseException:
             if waiter.turn.done() and not waiter.turn.cancelled() and not waiter.turn.exception():
                 self.release(waiter.turn.result(), wanted.units)
@@ -87,6 +108,7 @@ class Router:
     def release(self, member: Member, units: int) -> None:
         """Give `units` places back."""
         member.in_flight -= units
+        self._released(member)
         self.serve()
 
     def serve(self) -> None:
@@ -116,8 +138,7 @@ class Router:
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
 
-    async def _wait(self, waiter: _Waiter) -> Member:
-        began_s = time.monotonic()
+    async def _wait(self, waiter: _Waiter, began_s: float) -> Member:
         while not waiter.turn.done():
             await asyncio.wait({waiter.turn}, timeout=self._patience_s(began_s))
             if not waiter.turn.done() and self._patience_s(began_s) <= 0.0:

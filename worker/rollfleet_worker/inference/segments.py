@@ -5,7 +5,7 @@
 - What was cut off (an abort, a pause, a death) goes on from its tokens, on the original budget, on
   whichever server the engine below picks. Only attempts without a single new token are counted.
 - A stop token, a stop by the server, or the end of its context ends the whole completion; the end
-  of a segment does not.
+  of a segment does not, nor does a refusal by another server than the one that made the last segment.
 - Sampling that looks back on the completion (:func:`resumable`) is asked for whole, and starts
   over when it was cut off.
 """
@@ -95,14 +95,17 @@ class Resumer:
             size = course.size(self._segment_tokens)
             try:
                 piece, why = await self._segment(course.rest(size), lost=not course.done)
-            except EngineRefusedError:
-                if course.mine:
-                    # Nothing but the length has changed since it was taken: the context is full.
-                    break
+            except EngineRefusedError as exc:
                 if not course.segments:
                     raise
-                course.segments.clear()  # what another worker made cannot be gone on with here
-                continue
+                if not course.mine:
+                    course.segments.clear()  # what another worker made cannot be gone on with here
+                    continue
+                if exc.server in ("", course.segments[-1].server):
+                    # Nothing but the length has changed since it was taken: the context is full.
+                    break
+                # One that never took any of it: its context may be shorter, or it knows less.
+                piece, why = None, EngineUnavailableError(str(exc))
             if piece is not None and not _goes_on(piece, size, course.left):
                 return course.ended(piece.finish_reason, told, piece)
             if moved := piece is not None and course.took(piece):

@@ -25,6 +25,7 @@ from rollfleet_common.errors import (
     EngineRefusedError,
     EngineUnavailableError,
 )
+from rollfleet_common.messages import NO_VERSION
 from rollfleet_worker.inference.answers import parse_version
 from rollfleet_worker.inference.client import Said, ServerClient, affinity_header, all_of
 from rollfleet_worker.inference.engine import Generation, Request, Sampling
@@ -113,7 +114,9 @@ class SglangEngine(ServerClient):
             )
         self._checked = True
 
-    def _parse(self, reply: Reply, request: Request, n: int, before: int) -> list[Generation]:
+    def _parse(
+        self, reply: Reply, request: Request, n: int, before: int | None
+    ) -> list[Generation]:
         """The completions in `reply`; tagged `before`, or older, where the server tags none."""
         answers = reply.checked().parsed()
         if n == 1 and isinstance(answers, dict):
@@ -134,18 +137,18 @@ class SglangEngine(ServerClient):
                 raise EngineProtocolError(f"{where} is request {name!r} a second time")
             names.add(name)
             said = _said(answer, meta, request, where)
-            whole = before
+            whole = NO_VERSION
             if said.spans is None and said.token_ids:
                 tells = False
-                whole = min(before, self._after(meta, request, before, where))
+                whole = self._oldest(before, self._after(meta, request, where), request, where)
             made.append(self._judged(said, request, whole, where))
         self._spans = tells
         return made
 
-    def _after(self, meta: dict[str, Any], request: Request, before: int, where: str) -> int:
-        """The version at the end of a generation without spans; `before` if that is not told."""
+    def _after(self, meta: dict[str, Any], request: Request, where: str) -> int | None:
+        """The version at the end of a generation without spans; None if that is not told."""
         if "weight_version" not in meta:
-            return before
+            return None
         version = parse_version(meta["weight_version"], where)
         return self._untagged(request) if version is None else version
 

@@ -158,7 +158,7 @@ def _key(request: Request) -> Hashable | None:
         sampling.top_p,
         sampling.top_k,
         sampling.min_p,
-        sampling.stop_token_ids,
+        tuple(sampling.stop_token_ids),
         extra,
     )
 

@@ -15,6 +15,7 @@ effect and no error. Its logprobs are those before temperature and top-p unless 
 from typing import Any, Literal, Unpack
 
 from rollfleet_common.errors import EngineProtocolError, SettingsError
+from rollfleet_common.messages import NO_VERSION
 from rollfleet_worker.inference.client import (
     ClientOptions,
     Said,
@@ -160,7 +161,7 @@ class VllmEngine(ServerClient):
         return self._named(request, body)
 
     async def _parse(
-        self, reply: Reply, request: Request, n: int, before: int, route: Route
+        self, reply: Reply, request: Request, n: int, before: int | None, route: Route
     ) -> list[Generation]:
         """The completions in `reply`; tagged `before`, or older, where the server tags none."""
         choices = reply.checked().json().get("choices")
@@ -168,7 +169,11 @@ class VllmEngine(ServerClient):
             got = len(choices) if isinstance(choices, list) else type(choices).__name__
             raise EngineProtocolError(f"{reply.where}: asked for {n} completions, got {got}")
         tells = all(isinstance(one, dict) and one.get("weight_versions") for one in choices)
-        whole = before if tells else await self._older(before, request)
+        untold = any(
+            isinstance(one, dict) and one.get("token_ids") and not one.get("weight_versions")
+            for one in choices
+        )
+        whole = await self._older(before, request, reply.where) if untold else NO_VERSION
         made: dict[int, Generation] = {}
         for position, choice in enumerate(choices):
             where = f"{reply.where}: completion {position} of {n}"

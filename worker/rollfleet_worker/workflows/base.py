@@ -8,12 +8,11 @@
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rollfleet_common.errors import DataError, EngineUnavailableError, SettingsError
+from rollfleet_common.errors import EngineUnavailableError, SettingsError
 from rollfleet_common.messages import Claim, Prompt, Sample, VersionSpans
 from rollfleet_worker.inference.engine import (
     Completes,
@@ -23,6 +22,7 @@ from rollfleet_worker.inference.engine import (
     TextAnswer,
     TextEngine,
 )
+from rollfleet_worker.inference.sampling import sampled
 from rollfleet_worker.rewards.base import Reward, RewardPool
 
 __all__ = ["Context", "Workflow", "load_workflow"]
@@ -76,10 +76,11 @@ class Context:
         Raises:
             EngineUnavailableError, EngineProtocolError: After the pool has tried other servers.
             EngineRefusedError: The server refuses this very request.
+            DataError: There is no such field of Sampling, or it is of another type.
         """
         if self._engine is None:
             raise EngineUnavailableError(_NO_SERVERS)
-        sampling = self._sampled({**self.claim.prompt.sampling, **overrides})
+        sampling = sampled(self._sampling, {**self.claim.prompt.sampling, **overrides})
         began = time.perf_counter()
         try:
             (generation,) = await self._engine.generate(
@@ -104,16 +105,11 @@ class Context:
         Raises:
             EngineUnavailableError, EngineProtocolError: After the pool has tried other servers.
             EngineRefusedError: The server refuses this very request, or has no chat.
+            DataError: There is no such field of Sampling, or it is of another type.
         """
         if self._text is None:
             raise EngineUnavailableError(_NO_SERVERS)
-        return await self._text.chat(messages, self._sampled(overrides))
-
-    def _sampled(self, fields: Mapping[str, Any]) -> Sampling:
-        try:
-            return replace(self._sampling, **fields) if fields else self._sampling
-        except TypeError as exc:
-            raise DataError(f"sampling parameters {sorted(fields)}: {exc}") from exc
+        return await self._text.chat(messages, sampled(self._sampling, overrides))
 
     async def score(
         self, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
