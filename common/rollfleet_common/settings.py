@@ -275,7 +275,12 @@ class Settings(BaseSettings):
         field = cls.model_fields[name]
         if not field.repr or SecretStr in (field.annotation, *get_args(field.annotation)):
             return "***"
-        return re.sub(r"://[^@/\s]*@", "://***@", repr(value))
+        # Also where somebody forgot the scheme.
+        return re.sub(r"://[^@/\s]*@|[\w.%+~-]+:[^@/\s'\"]+@", _masked, repr(value))
+
+
+def _masked(found: "re.Match[str]") -> str:
+    return "://***@" if found[0].startswith("://") else "***@"
 
 
 def _extra(field: FieldInfo, key: str) -> str:

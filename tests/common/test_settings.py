@@ -143,6 +143,7 @@ def test_any_text_is_a_duration_or_a_settings_error(text: str) -> None:
         (["--run", "a b"], "run = 'a b' (from flag --run): the name 'a b' cannot be part of a Red"),
         (["--server", "10.0.0.7:8000"], "should be a URL such as http://10.0.0.7:8000"),
         (["--server", "http://u:pw@x", "--server", "y"], "servers = ['http://***@x', 'y']"),
+        (["--server", "u:pw@x"], "servers = ['***@x']"),
         (["--server", "http://x", "--server", "http://x/"], "names a server twice"),
         (["--workflow", "math=x:Y"], "names the route 'math' twice"),
         (["--workflow", "b=nope"], "the workflow of route 'b' is 'nope'; write package.module:Cl"),
