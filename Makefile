@@ -19,7 +19,7 @@ help:
 	@echo "make faults   every fault of the matrix once; rewrites the table in docs/reliability.md"
 	@echo "make mutants  a planted bug for every promise: the oracle must catch them all"
 	@echo "make vllm     a real vLLM on this machine's CPUs (3.5 GB), and the client's tests against it"
-	@echo "make demo-vllm  the demo with real vLLM servers in place of the tiny one"
+	@echo "make demo-vllm  the demo on two real vLLM servers: one is killed, another registered"
 	@echo "make trl      TRL's own trainer on a fleet, in $(TRL_VENV): killed, resumed, counted"
 	@echo "make matrix   the core's tests on other servers and redis-py releases"
 
@@ -77,7 +77,7 @@ vllm: install $(VLLM_VENV)/vllm.json
 	$(BIN)/python tests/vllm/run.py --vllm $(VLLM_VENV)/bin/vllm
 
 demo-vllm: install $(VLLM_VENV)/vllm.json
-	$(BIN)/rollfleet demo --engine vllm --vllm $(VLLM_VENV)/bin/vllm
+	$(BIN)/rollfleet demo --engine vllm --vllm $(VLLM_VENV)/bin/vllm --servers 2 --kill-server-at 5
 
 # An environment of its own: the suite need not carry transformers, datasets and all that is theirs.
 $(TRL_VENV)/.installed: pyproject.toml $(CONSTRAINTS)

@@ -3,12 +3,23 @@
 - Only headers are read here; a group that is dropped moves no payload.
 - Whatever was read and not settled is this trainer's to settle: after a lost reply, after a crash,
   and from a reader that was superseded, it is found again in the pending list.
-- Nothing is acknowledged before its verdict is final.
+- Nothing is acknowledged before its verdict is final. A group that is dropped is settled to the end,
+  whether or not whoever dropped it still waits.
+- What was read of a run that Redis lost means nothing in its next life: not read on, not settled.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import structlog
@@ -18,6 +29,7 @@ from rollfleet.bias import BiasMeter
 from rollfleet.groups import Group, Groups, Member
 from rollfleet.guarded import Guarded
 from rollfleet.line import Line
+from rollfleet.owned import Owned
 from rollfleet.patience import News
 from rollfleet.rollback import History
 from rollfleet_common.errors import SupersededError
@@ -98,6 +110,10 @@ class Consumer:
         self.drops: dict[str, int] = {}
         self._held: list[set[str]] = [set() for _ in streams]
         self._tombs: list[set[str]] = [set() for _ in streams]
+        #: Partitions of which what an earlier trainer left is not all here.
+        self._unadopted = set(range(len(streams)))
+        #: Drops that are not settled yet.
+        self._drops = Owned("rollfleet-drop")
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -105,10 +121,15 @@ class Consumer:
         """Read one partition until cancelled."""
         adopt_at = 0.0
         while True:
+            self._drops.check()
             try:
                 if time.monotonic() >= adopt_at:
                     await self.adopt(partition)
                     adopt_at = time.monotonic() + ADOPT_S
+                    if partition in self._unadopted:
+                        self._unadopted.remove(partition)
+                        self.news.set()
+                life = self.life
                 arrivals = await self.streams[partition].consume(
                     self.readers[partition], self.token, COUNT, BLOCK_MS
                 )
@@ -123,7 +144,14 @@ class Consumer:
                 self.line.on_wait(exc, 1.0)
                 await asyncio.sleep(0.2)
                 continue
+            if life != self.life:
+                adopt_at = 0.0  # of which life this is, only Redis knows: ask for what is pending
+                continue
             await self._take_in(partition, arrivals)
+
+    async def close(self) -> None:
+        """Stop to settle what was dropped: it is unsettled still, and the next trainer's."""
+        await self._drops.close()
 
     async def adopt(self, partition: int) -> None:
         """Own what is unsettled, and take in what we have not seen of it."""
@@ -133,8 +161,11 @@ class Consumer:
         if not unseen:
             return
         since = ("0-0", "0-0")
-        while True:
+        life = self.life
+        while life == self.life:
             arrivals = await streams.consume(streams.client, self.token, COUNT, None, since=since)
+            if life != self.life:
+                return
             await self._take_in(partition, arrivals)
             after = (
                 _last(arrivals.headers, arrivals.garbage, since[0]),
@@ -145,23 +176,35 @@ class Consumer:
             since = after
 
     async def _take_in(self, partition: int, arrivals: Arrivals) -> None:
-        """Sort what a read brought; what was seen before changes nothing."""
+        """Sort what a read brought; what was seen before changes nothing.
+
+        It ends early if Redis lost the run meanwhile: the rest is of a life that is over.
+        """
+        life = self.life
         closed, useless = self._take_headers(partition, arrivals)
         buried, late = self._take_tombstones(partition, arrivals)
         closed += buried
         closed += await self._quarantine(partition, arrivals)
+        if life != self.life:
+            return
         for reason, found in useless.items():
             rollouts = [(entry, header.kind, header.payload) for entry, header in found]
             # The record of a group that is over may have come back with a Redis that lost a second.
             over = {header.group for _, header in found if not self.knows(header.group)}
             await self._settle(partition, f"drop:{reason}", rollouts, over=sorted(over))
+            if life != self.life:
+                return
             self.settled(sum(kind is Kind.TRAIN for _, kind, _ in rollouts))
         if late:
             await self._settle(partition, "drop:surplus", [], tombstones=late)
         for group in closed:
+            if life != self.life:
+                return
             self.over[group.name] = None
             await self._judge(group)
-        await self._cancel_doomed(partition, arrivals, closed)
+        if life != self.life:
+            return
+        await self._cancel_doomed(arrivals, closed)
         for old in list(self.over)[: max(len(self.over) - RECENT, 0)]:
             del self.over[old]
         if closed or useless:
@@ -211,9 +254,7 @@ class Consumer:
                 closed.append(group)
         return closed, late
 
-    async def _cancel_doomed(
-        self, partition: int, arrivals: Arrivals, closed: Sequence[Group]
-    ) -> None:
+    async def _cancel_doomed(self, arrivals: Arrivals, closed: Sequence[Group]) -> None:
         """Cancel what is still out of groups that need no more, or cannot become whole any more.
 
         It saves work; what slips through is dropped when it arrives.
@@ -224,17 +265,33 @@ class Consumer:
             could_be = group.n - len(group.tombstones.keys() - group.members.keys())
             if group.kind is Kind.TRAIN and could_be < self.least(group):
                 needless.append((group, _torn(group)))
+        life = self.life
         for group, reason in needless:
-            await self.cancel(group.name, reason)
+            if life == self.life:
+                await self.cancel(group.name, reason)
 
     async def cancel(self, name: str, reason: str) -> None:
         """Settle all of a group that was not delivered yet."""
         prompt = self.out.get(name)
-        if prompt is not None:  # else it was submitted by an earlier trainer: it runs to its end
-            streams = self.streams[partition_of(name, len(self.streams))]
-            await self.line(
-                lambda: streams.cancel(self.token, prompt, reason, prompt.n), f"cancel group {name}"
-            )
+        if prompt is None:  # submitted by an earlier trainer: it runs to its end
+            return
+        streams = self.streams[partition_of(name, len(self.streams))]
+        await self._while_it_lives(
+            lambda: streams.cancel(self.token, prompt, reason, prompt.n), f"cancel group {name}"
+        )
+
+    async def _while_it_lives(self, call: Callable[[], Awaitable[object]], what: str) -> None:
+        """Await `call()` until it is answered, or until Redis has lost what it is about.
+
+        In the life after that, the same names may be groups that were sent again.
+        """
+        life = self.life
+
+        async def once() -> None:
+            if self.life == life:
+                await call()
+
+        await self.line(once, what)
 
     def _known(self, header: Header) -> bool:
         """Whether a closed group holds this sample already."""
@@ -249,7 +306,7 @@ class Consumer:
         it is: it is dropped and counted like any rollout, and its group closes. Anything else came
         from no script of ours.
         """
-        streams = self.streams[partition]
+        streams, life = self.streams[partition], self.life
         closed: list[Group] = []
         for garbage in arrivals.garbage:
             log.error("header cannot be read", entry=garbage.entry, why=garbage.why)
@@ -259,6 +316,8 @@ class Consumer:
                 continue
             rollout = (garbage.entry, lost.kind, garbage.fields[b"p"].decode())
             await self._settle(partition, "drop:undecodable", [rollout])
+            if life != self.life:
+                return []
             self.settled(int(lost.kind is Kind.TRAIN))
             if (group := self.groups.bury(partition, "", lost)) is not None:
                 closed.append(group)
@@ -306,10 +365,20 @@ class Consumer:
         return chosen
 
     def in_order(self, besides: Collection[str] = frozenset()) -> Iterator[Group]:
-        """All that :meth:`choose` would ever take, one by one."""
+        """All that :meth:`choose` would ever take, one by one.
+
+        None while some of what is served first may not have been read yet.
+        """
+        if self.owing:
+            return
         for group in sorted(self.ready.values(), key=self._order):
             if group.name not in self.reserved and group.name not in besides:
                 yield group
+
+    @property
+    def owing(self) -> bool:
+        """Whether batches of an earlier life may not all be here."""
+        return bool(self.replay and self._unadopted)
 
     def _order(self, group: Group) -> tuple[float, ...]:
         replay = self.replay.get(group.name, float("inf"))
@@ -326,11 +395,11 @@ class Consumer:
             else:
                 stale.setdefault(reason, []).append(group)
         for reason, dropped in stale.items():
-            await self.drop(dropped, reason)
-        return fresh
+            await self.drop([g for g in dropped if self.ready.get(g.name) is g], reason)
+        return [g for g in fresh if self.ready.get(g.name) is g]
 
     async def drop(self, groups: Sequence[Group], reason: str) -> None:
-        """Drop whole groups; their credit returns."""
+        """Drop whole groups; their credit returns, though the caller may be cancelled meanwhile."""
         # After a revival the same name may be a group of its own again: that one stays.
         groups = [g for g in groups if self.ready.get(g.name, g) is g]
         self.given_up |= {group.name for group in groups} & self.reserved
@@ -350,7 +419,14 @@ class Consumer:
                 oldest=group.oldest if group.members else None,
                 version=self.version(),
             )
-        for (partition, why), here in sorted_out.items():
+        await self._drops(self._settle_dropped(sorted_out))
+
+    async def _settle_dropped(self, dropped: Mapping[tuple[int, str], Sequence[Group]]) -> None:
+        """Settle groups that are nowhere but here any more, by partition and reason."""
+        life = self.life
+        for (partition, why), here in dropped.items():
+            if life != self.life:
+                return
             members = [member for group in here for member in group.members.values()]
             rollouts = [(m.entry, m.header.kind, m.header.payload) for m in members]
             await self._settle(partition, f"drop:{why}", rollouts, here)
@@ -410,12 +486,14 @@ class Consumer:
         names = [*over, *(group.name for group in groups)]
         entries = [*tombstones]
         entries += [e for group in groups for e, _ in group.tombstones.values() if e]
-        await self.line(
+        life = self.life
+        await self._while_it_lives(
             lambda: self.streams[partition].settle(self.token, verb, rollouts, names, entries),
             f"{verb} {len(rollouts)} rollouts",
         )
-        for group in groups:
-            self.forget(group)
+        if life == self.life:
+            for group in groups:
+                self.forget(group)
 
 
 def _torn(group: Group) -> str:

@@ -118,6 +118,9 @@ class Gather:
         self, groups: Sequence[Group], want: int, version: int, began: float
     ) -> Batch | None:
         """The batch of `groups`, judged at `version`; None if it must be chosen again."""
+        ready = self.consumer.ready
+        if any(ready.get(group.name) is not group for group in groups):
+            return None  # Redis lost the run since: they are sent again
         before = sum(len(g.members) for g in groups if self.payloads.holds(g))
         self.payloads.keep_only([*groups, *self.ahead.groups])
         rollouts = await self.payloads.load(groups, version)
@@ -232,7 +235,7 @@ class Gather:
     @property
     def ended(self) -> bool:
         """Whether nothing more will come: the feed is exhausted and all it sent is here."""
-        if not self.submitter.fed or self.consumer.groups.open:
+        if not self.submitter.fed or self.consumer.groups.open or self.consumer.owing:
             return False
         here = sum(len(group.members) for group in self.consumer.ready.values())
         return self.pacer.outstanding <= here + self.commits.handed

@@ -52,6 +52,8 @@ class Needs:
     announce: Callable[[], Awaitable[None]]
     #: Prompts of the groups that are out, oldest first.
     out: dict[str, Prompt] = field(default_factory=dict)
+    #: Batch by group of what an earlier trainer owes; a build that is repeated adds to it.
+    owed: dict[str, int] = field(default_factory=dict)
 
 
 class Parts:
@@ -75,12 +77,12 @@ class Parts:
         tenure = needs.tenure
         cursors = await tenure.fence()
         last = int(needs.state.get("batch", 0))
-        replay = await recover(tenure.board, tenure.token, tenure.streams, last)
+        await recover(tenure.board, tenure.token, tenure.streams, last, needs.owed)
         history = History(await tenure.board.rollbacks())
         number = max(await tenure.board.last_batch(), last)
         parts = cls()
         parts._wire(needs, history, _feed_from(needs.state, max(cursors)), number)
-        parts.consumer.replay = replay
+        parts.consumer.replay = dict(needs.owed)
         parts.consumer.remember((g, i) for g, i in needs.state.get("recent", ()))
         await parts.submitter.look()
         return parts

@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import Self
 
 import structlog
+from redis.exceptions import RedisError
 
-from rollfleet_common.errors import StarvedError
+from rollfleet_common.errors import BrokerError, StarvedError
+from rollfleet_common.redis import translate
 
 __all__ = ["News", "Patience"]
 
@@ -21,6 +23,8 @@ log = structlog.get_logger("rollfleet.trainer")
 
 #: How often a trainer that waits says why.
 SAY_S = 30.0
+#: How long the reason of a wait is waited for.
+REASON_S = 1.0
 
 
 class News:
@@ -69,7 +73,7 @@ class Patience:
             late = True
         if late:
             raise StarvedError(
-                f"{self.what} did not come within {self.limit_s:g} s: {await self.reason()}"
+                f"{self.what} did not come within {self.limit_s:g} s: {await self._why()}"
             ) from None
 
     async def say(self) -> None:
@@ -79,5 +83,15 @@ class Patience:
         now = time.monotonic()
         if now >= self._say_at:
             self._say_at = now + SAY_S
-            why = await self.reason()
+            why = await self._why()
             log.warning("waiting", for_s=round(now - self.began), what=self.what, why=why)
+
+    async def _why(self) -> str:
+        """The reason, or why that could not be had: a wait neither hangs in it nor fails by it."""
+        try:
+            async with asyncio.timeout(REASON_S):
+                return await self.reason()
+        except TimeoutError:
+            return "Redis does not answer"
+        except (RedisError, OSError, BrokerError) as exc:
+            return str(translate(exc))

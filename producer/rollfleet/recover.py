@@ -6,7 +6,7 @@
   commits only at checkpoints gets back exactly what was trained since the last one.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -93,9 +93,13 @@ class Plan:
 
 
 async def recover(
-    board: Board, token: str, streams: Sequence[Streams], last_trained: int
-) -> dict[str, int]:
-    """Finish or undo every plan that stands.
+    board: Board,
+    token: str,
+    streams: Sequence[Streams],
+    last_trained: int,
+    replay: MutableMapping[str, int],
+) -> None:
+    """Finish or undo every plan that stands; may be repeated if it fails half-way.
 
     Args:
         board: Of the run.
@@ -103,11 +107,9 @@ async def recover(
         streams: Of every partition, in order.
         last_trained: Number of the last batch in the trainer's checkpoint: it and all before it
             are committed. 0: the trainer has no checkpoint, or committed all it holds.
-
-    Returns:
-        Batch by group name, of the groups that are owed again.
+        replay: Takes the batch by group name, of the groups that are owed again. A repeat adds to
+            it: what an earlier try forgot in Redis is nowhere else.
     """
-    replay: dict[str, int] = {}
     for number, packed in (await board.plans()).items():
         plan = Plan.loads(number, packed)
         if plan.state == "committed" or number <= last_trained:
@@ -118,4 +120,3 @@ async def recover(
                 await here.untrain(token, owed)
             replay.update({name: number for _, name in plan.groups})
         await board.plan(token, number, None)
-    return replay

@@ -5,6 +5,8 @@
 - What the loop does to the run (feed, submit, pause, publish) is taken and changes nothing but the
   version; what needs a live run (evaluate, batches of given prompts) is refused.
 - What was dropped, and why, stands in :attr:`Replay.dropped`.
+- After a rollback, what lost weights made is dated as the live run dated it, as far as the recording
+  tells: it shows a rollback by a version that falls, or that is behind what an older epoch made.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from rollfleet.batch import Batch
 from rollfleet.bias import BiasMeter
 from rollfleet.freshness import Policy
 from rollfleet.guarded import Guarded
+from rollfleet.rollback import History
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import CodecError, RollfleetError, SettingsError
 from rollfleet_common.messages import NO_VERSION, Kind, Rollout
@@ -85,6 +88,7 @@ class Replay:
                 self._drops.append(row)
             else:
                 self._batches.setdefault(row.batch, []).append(row)
+        self._histories = _histories(self._batches)
         self._left = iter(sorted(n for n in self._batches if n > self._last))
 
     # ---- batches -----------------------------------------------------------------------------
@@ -118,7 +122,8 @@ class Replay:
             if not rollouts:
                 continue
             at = rows[0].version
-            rollouts = self._refined(rollouts, at)
+            dated = [self._histories[number].redate(rollout) for rollout in rollouts]
+            rollouts = self._refined(dated, at)
             self.version, self._last = max(self.version, at), number
             return Batch(
                 number=number,
@@ -236,6 +241,23 @@ def _order(rows: Sequence[Row]) -> Any:
     for row in rows:
         place.setdefault(row.header.group, len(place))
     return lambda row: (place[row.header.group], row.header.index)
+
+
+def _histories(batches: Mapping[int, Sequence[Row]]) -> dict[int, History]:
+    """What the trainer's history was at each batch, from the versions and epochs of their rows."""
+    histories: dict[int, History] = {}
+    rollbacks: list[tuple[int, int]] = []
+    before, epoch = NO_VERSION, 0
+    for number, rows in sorted(batches.items()):
+        at = rows[0].version
+        if at < before:
+            rollbacks.append((epoch + 1, at))
+        epoch = max(epoch, *(row.header.epoch for row in rows))
+        ahead = [r.header for r in rows if r.header.epoch < epoch and r.header.max_version > at]
+        if not all(map(History(rollbacks).lost, ahead)):
+            rollbacks.append((epoch, at))  # before the first row: `at` is the most it went back to
+        histories[number], before = History(rollbacks), at
+    return histories
 
 
 def _counted(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

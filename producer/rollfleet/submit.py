@@ -157,6 +157,8 @@ class Submitter:
             self._fits(prompt)
             await self._room(prompt.n)
             row = self.feeder.more(max(self.pacer.room, prompt.n))
+            for other in row[1:]:
+                self._fits(other)
             await self._submit([Submission(f"@{p.position}", p) for p in row])
             self.cursor = max(self.cursor, row[-1].position)
             self.feeder.took(len(row))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.fleet_processes import Processes
+from fixtures.servers import MakeServer
 from safetensors.torch import load_file
 from support import wait_until
 
@@ -127,8 +128,8 @@ def connect(redis_url: str, trl: Modules, processes: Processes) -> Iterator[Conn
         fleet.close()
 
 
-def take(bridge: TrlBridge, rows: int) -> list[RolloutSample]:
-    return [bridge.get(timeout=20.0) for _ in range(rows)]
+def take(bridge: TrlBridge, rows: int, timeout: float = 20.0) -> list[RolloutSample]:
+    return [bridge.get(timeout=timeout) for _ in range(rows)]
 
 
 pytestmark = pytest.mark.leaves_keys("TRL reads ahead, and is stopped there", "rf:*")
@@ -275,6 +276,27 @@ def test_nothing_to_take_is_empty_and_then_ill(connect: Connect) -> None:
     bridge.check_health(60.0)
     with pytest.raises(rollfleet.StarvedError, match=r"nothing to train on for .* no worker has"):
         bridge.check_health(0.0)
+
+
+def test_a_redis_that_is_away_is_an_empty_queue(
+    make_server: MakeServer, trl: Modules, processes: Processes
+) -> None:
+    """Longer than TRL asks: it asks again, and says by its own clock when that is too long."""
+    server, args = make_server(appendonly="always"), config()
+    with rollfleet.connect(server.url, run="away", **fleet_settings(args)) as fleet:
+        bridge = TrlBridge(fleet, args, Epochs(PROMPTS))
+        Watcher(bridge).on_train_begin(args, None, None)
+        bridge.update_model_version(1)
+        bridge.start()
+        processes.worker(server.url, "away")
+        take(bridge, 4)
+        server.kill()
+        with pytest.raises(queue.Empty):
+            take(bridge, 100, timeout=0.3)
+        with pytest.raises(rollfleet.StarvedError, match="Redis"):
+            bridge.check_health(0.0)
+        server.restart()
+        assert len(take(bridge, 4)) == 4
 
 
 def test_a_source_that_ends_is_an_error(connect: Connect, processes: Processes) -> None:

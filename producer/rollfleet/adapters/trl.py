@@ -39,6 +39,7 @@ from rollfleet.fleet import Fleet
 from rollfleet.refits.saving import save_weights
 from rollfleet_common.errors import RollfleetError, SettingsError, StarvedError
 from rollfleet_common.messages import Rollout
+from rollfleet_common.redis import is_transient
 
 __all__ = ["STATE_FILE", "TrlBridge", "callback", "fleet_settings", "load_state"]
 
@@ -321,10 +322,18 @@ class TrlBridge:
         Raises:
             SettingsError: With the arithmetic.
         """
-        settings, books = self.fleet.aio.settings, self.fleet.books()
+        if not self._given:
+            return
+        try:
+            books = self.fleet.books()
+        except Exception as exc:
+            if not is_transient(exc):
+                raise
+            return  # Redis is away: that is why nothing came, and it is no error of the queue
+        settings = self.fleet.aio.settings
         room = (settings.depth + 1) * settings.samples_per_version
         coming = books.outstanding - sum(len(held.batch) for held in self._held)
-        if not self._given or coming > 0 or books.outstanding + settings.launched <= room:
+        if coming > 0 or books.outstanding + settings.launched <= room:
             return
         raise SettingsError(
             f"TRL holds {len(self._given)} rows and waits for more before it trains them, but all "
