@@ -434,7 +434,8 @@ class History(RuleBasedStateMachine):
         await self._open(version)
         with pytest.raises(SupersededError):
             await self.streams.advance(old, 99, 99)
-        owed = await recover(self.board, self.token, [self.streams], last)
+        owed: dict[str, int] = {}
+        await recover(self.board, self.token, [self.streams], last, owed)
         names: dict[str, int] = {}
         for number, (state, batch) in sorted(self.open.items()):
             if state == "committed" or number <= last:
