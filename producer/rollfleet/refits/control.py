@@ -6,7 +6,6 @@
 """
 
 import asyncio
-import base64
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import aiohttp
 from yarl import URL
 
 from rollfleet_common.errors import RefitError
+from rollfleet_common.masking import Mask
 from rollfleet_common.servers import server_name
 
 __all__ = ["CONTROL_S", "Control", "UnreachableError"]
@@ -54,7 +54,7 @@ class Control:
         # One of the two can be sent.
         self._url = self.name if api_key else url
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._secrets = _secrets(url, api_key)
+        self._safe = Mask(URL(url), api_key)
 
     async def post(
         self,
@@ -121,21 +121,6 @@ class Control:
         said = f"{_bare(route)} answered {status}: {self._safe(text)[:_QUOTED_CHARS]}"
         advice = self.advice.get(status, advice)
         return RefitError(f"{said} ({advice})" if advice else said)
-
-    def _safe(self, said: object) -> str:
-        text = str(said)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
-
-
-def _secrets(url: str, api_key: str | None) -> list[str]:
-    """What may be repeated nowhere, the longest first, in every way in which it may be written."""
-    parsed = URL(url)
-    pair = f"{parsed.user or ''}:{parsed.password or ''}"
-    basic = base64.b64encode(pair.encode()).decode()
-    found = {api_key, parsed.password, parsed.raw_password, basic}
-    return sorted(filter(None, found), key=len, reverse=True)
 
 
 def _bare(route: str) -> str:

@@ -26,6 +26,7 @@ from rollfleet_common.errors import (
     OverloadedError,
     SettingsError,
 )
+from rollfleet_common.masking import Mask
 from rollfleet_common.servers import server_name
 
 __all__ = ["HttpClient", "OverloadedError", "Reply"]
@@ -159,7 +160,7 @@ class HttpClient:
         self._base = parsed
         #: The server's URL without user and password: its name in messages and metrics.
         self.name = str(parsed.with_user(None)).rstrip("/")
-        self._secrets = tuple(filter(None, (api_key, parsed.password)))
+        self._safe = Mask(parsed, api_key)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
@@ -286,12 +287,6 @@ class HttpClient:
         text = " ".join(content[: 8 * _QUOTED_CHARS].decode(errors="replace").split())
         text = self._safe(text)
         return text if len(text) <= _QUOTED_CHARS else text[:_QUOTED_CHARS] + "..."
-
-    def _safe(self, said: object) -> str:
-        text = str(said)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
 
 
 def _retry_after_s(header: str) -> float:
