@@ -11,7 +11,6 @@
 import argparse
 import asyncio
 import json
-import logging
 import multiprocessing
 import os
 import resource
@@ -26,7 +25,6 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-import structlog
 import uvloop
 
 from benchmarks.held import ROUTE, serve_held, serve_tiny, serving
@@ -204,8 +202,6 @@ def _rss_bytes() -> int:
 
 def _crowd_process(pipe: Connection, url: str, args: argparse.Namespace) -> None:
     """In a process of its own, whose memory nothing else has touched."""
-    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
-    structlog.configure(wrapper_class=quiet)
     pipe.send(uvloop.run(crowd(url, args)))
 
 
@@ -237,8 +233,6 @@ def main() -> None:
     parser.add_argument("--hold-s", type=float, default=10.0, help="until the crowd is answered")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
-    structlog.configure(wrapper_class=quiet)
     report: dict[str, Any] = {"machine": describe(), "settings": vars(args), "overhead": {}}
     with serving(serve_held, 0.0, args.tokens) as url:
         report["overhead"]["from memory"] = uvloop.run(overhead(url, args))

@@ -8,14 +8,12 @@
 import argparse
 import asyncio
 import json
-import logging
 import math
 import os
 import statistics
 import sys
 from typing import Any
 
-import structlog
 import uvloop
 
 from benchmarks.floor import WINDOW, Floor
@@ -236,8 +234,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.n < args.group_size or args.batch % args.group_size:
         parser.error("--n and --batch must hold whole groups")
-    # What the trainer says of itself would stand between the numbers.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     report = uvloop.run(asyncio.wait_for(measure(args), timeout=1800))
     print(json.dumps(report, indent=1) if args.json else table(report))
     return 0

@@ -19,8 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from chaos import mutants
 
 __all__ = ["main"]
@@ -188,17 +186,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     mutants.plant("trainer")
     from rollfleet_common.errors import RollfleetError  # noqa: PLC0415
+    from rollfleet_common.logs import configure_logs  # noqa: PLC0415
 
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt=None),
-            structlog.processors.JSONRenderer(default=str),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(
-            file=(options.dir / "trainer.out").open("a", buffering=1)
-        ),
-    )
+    # Of every dropped group there is a line at level debug: the judge reads them.
+    configure_logs("debug", "json", (options.dir / "trainer.out").open("a", buffering=1))
     program = Program(options)
     try:
         return program.run()

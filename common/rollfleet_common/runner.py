@@ -47,7 +47,7 @@ __all__ = ["Outcome", "Sizes", "TaskRunner"]
 T = TypeVar("T")
 P = ParamSpec("P")
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("rollfleet.runner")
 
 
 @dataclass(frozen=True, slots=True)

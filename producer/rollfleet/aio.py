@@ -16,8 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-import structlog
-
 from rollfleet.background import Background
 from rollfleet.batch import Batch
 from rollfleet.bias import BiasMeter
@@ -39,6 +37,7 @@ from rollfleet_common.board import Board
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.ledger import Books, read_books
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, Prompt, Rollout
 from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.servers import Servers
@@ -46,7 +45,7 @@ from rollfleet_common.streams import Streams
 
 __all__ = ["AsyncFleet"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: How often deadlines are looked at.
 DEADLINE_S = 1.0
@@ -239,6 +238,7 @@ class AsyncFleet:
         shown = ""
         while True:
             await asyncio.sleep(DEADLINE_S)
+            self.consumer.drop_log.tell()
             said = self.meter.warnings(self.settings.max_staleness)
             if (text := json.dumps(said)) != shown:
                 for sentence in said:
@@ -248,7 +248,7 @@ class AsyncFleet:
             now_ms = time.time() * 1000
             late = [p.group for p in self._out.values() if 0 < p.deadline_ms < now_ms]
             for group in late:
-                log.info("deadline passed", group=group)
+                log.debug("deadline passed", group=group)
                 await self.consumer.cancel(group, "deadline")
 
     async def _announce(self) -> None:

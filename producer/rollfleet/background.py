@@ -3,14 +3,13 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import structlog
-
 from rollfleet_common.errors import RollfleetError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Background"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 
 class Background:

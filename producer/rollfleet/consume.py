@@ -22,10 +22,10 @@ from collections.abc import (
 )
 from typing import Any
 
-import structlog
 from redis.exceptions import ResponseError
 
 from rollfleet.bias import BiasMeter
+from rollfleet.drop_log import DropLog
 from rollfleet.groups import Group, Groups, Member
 from rollfleet.guarded import Guarded
 from rollfleet.line import Line
@@ -35,13 +35,14 @@ from rollfleet.rollback import History
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.leases import quarantine
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Header, Kind, Prompt, Tombstone
 from rollfleet_common.redis import is_transient
 from rollfleet_common.streams import Arrivals, Garbage, Streams
 
 __all__ = ["Consumer"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 BLOCK_MS = 500
 #: Headers of one read.
@@ -108,6 +109,7 @@ class Consumer:
         #: Groups that are closed, youngest last: what still comes of them is surplus.
         self.over: dict[str, None] = {}
         self.drops: dict[str, int] = {}
+        self.drop_log = DropLog()
         self._held: list[set[str]] = [set() for _ in streams]
         self._tombs: list[set[str]] = [set() for _ in streams]
         #: Partitions of which what an earlier trainer left is not all here.
@@ -152,6 +154,7 @@ class Consumer:
     async def close(self) -> None:
         """Stop to settle what was dropped: it is unsettled still, and the next trainer's."""
         await self._drops.close()
+        self.drop_log.tell()
 
     async def adopt(self, partition: int) -> None:
         """Own what is unsettled, and take in what we have not seen of it."""
@@ -410,15 +413,7 @@ class Consumer:
             self.ready.pop(group.name, None)
             self.out.pop(group.name, None)
             self.meter.dropped(group, why, self.version())
-            log.info(
-                "group dropped",
-                group=group.name,
-                reason=why,
-                samples=len(group.members),
-                missing=group.reasons,
-                oldest=group.oldest if group.members else None,
-                version=self.version(),
-            )
+            self.drop_log.note(group, why, self.version())
         await self._drops(self._settle_dropped(sorted_out))
 
     async def _settle_dropped(self, dropped: Mapping[tuple[int, str], Sequence[Group]]) -> None:

@@ -13,18 +13,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor
 
 from rollfleet.collating import collate
 from rollfleet.tensors import TensorBatch
 from rollfleet_common.errors import SettingsError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Rollout
 
 __all__ = ["Made", "make", "tensors_of"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,18 +15,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, TypeVar
 
 import numpy as np
-import structlog
 
 from rollfleet.sources import STRIDE, Mark, Marks, Stateful, mark_of
 from rollfleet_common.errors import InvalidPromptError, RollfleetError
 from rollfleet_common.keys import check_name
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Int32, Kind, Prompt
 
 __all__ = ["Feeder", "to_prompt"]
 
 T = TypeVar("T")
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: Prompts pulled ahead of the ledger.
 AHEAD = 64

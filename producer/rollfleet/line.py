@@ -9,16 +9,15 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-import structlog
-
 from rollfleet_common.errors import SupersededError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import retry
 
 __all__ = ["Line"]
 
 T = TypeVar("T")
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: How often the log says that Redis is away.
 SAY_S = 30.0

@@ -4,17 +4,16 @@ import asyncio
 import time
 from typing import Any
 
-import structlog
-
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.board import Board, Seized, Shape
 from rollfleet_common.errors import BrokerSetupError, SettingsError
 from rollfleet_common.keys import RunKeys
+from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import check_server, retry, safe_url
 
 __all__ = ["REACH_S", "check", "seize", "shape", "wipe"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: How long an unreachable Redis is tried before the trainer is told.
 REACH_S = 10.0

@@ -11,15 +11,15 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-import structlog
 from redis.exceptions import RedisError
 
 from rollfleet_common.errors import BrokerError, StarvedError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import translate
 
 __all__ = ["News", "Patience"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: How often a trainer that waits says why.
 SAY_S = 30.0

@@ -13,21 +13,20 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from operator import is_
 
-import structlog
-
 from rollfleet.groups import Group
 from rollfleet.guarded import Guarded
 from rollfleet.line import Line
 from rollfleet.rollback import History
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import InvalidSampleError, WireError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Header, Kind, Rollout, Sample
 from rollfleet_common.streams import Streams
 from rollfleet_common.validate import check_samples
 
 __all__ = ["Accept", "Payloads"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: Bytes of payloads asked for in one reply.
 FETCH_BYTES = 2 << 20

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-import structlog
-
 from rollfleet.batch import Batch
 from rollfleet.commit import Commits
 from rollfleet.consume import Consumer
 from rollfleet.groups import Group
 from rollfleet.payloads import Payloads
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Rollout
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prefetcher"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: Arrivals of so many seconds are looked at together.
 MOMENT_S = 0.02

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import structlog
-
 from rollfleet.batch import Batch
 from rollfleet.bias import BiasMeter
 from rollfleet.freshness import Policy
@@ -24,13 +22,14 @@ from rollfleet.guarded import Guarded
 from rollfleet.rollback import History
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import CodecError, RollfleetError, SettingsError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, Kind, Rollout
 from rollfleet_common.recording import Row, read_rows
 from rollfleet_common.validate import check_samples
 
 __all__ = ["Replay", "replay"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 
 def replay(

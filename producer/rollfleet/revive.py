@@ -12,18 +12,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import structlog
-
 from rollfleet.consume import Consumer
 from rollfleet.recover import Plan
 from rollfleet_common.board import Board
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Prompt
 from rollfleet_common.redis import retry
 from rollfleet_common.streams import Streams, Submission
 
 __all__ = ["Reviver"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 AT_ONCE = 100
 

@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Seque
 from dataclasses import replace
 from typing import Any
 
-import structlog
-
 from rollfleet.capacity import Pacer
 from rollfleet.feed import Feeder, to_prompt
 from rollfleet.line import Line
@@ -23,12 +21,13 @@ from rollfleet.sources import Mark, Stateful
 from rollfleet_common.errors import InvalidPromptError, SettingsError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.ledger import Books
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Kind, Prompt
 from rollfleet_common.streams import Streams, Submission, Submitted
 
 __all__ = ["Submitter"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: How long a blocked submission goes without looking at the ledger itself.
 LOOK_S = 1.0

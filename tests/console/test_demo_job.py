@@ -1,6 +1,6 @@
-import copy
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from rich.console import Console
 from support import wait_until
 
 from rollfleet import Books
 from rollfleet_common.errors import SettingsError
+from rollfleet_common.logs import get_logger
 from rollfleet_console.demo import job
 from rollfleet_console.demo.audit import Audit, Made, Trained, audit, read_made, read_trained
 from rollfleet_console.demo.processes import SLOTS
@@ -393,11 +393,12 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_what_the_job_changes_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROLLFLEET_RUN", "mine")
-    before = copy.copy(structlog.get_config()), signal.getsignal(signal.SIGTERM)
+    logger = logging.getLogger("rollfleet")
+    before = logger.handlers[:], logger.level, signal.getsignal(signal.SIGTERM)
     with job._alone(tmp_path):
         assert "ROLLFLEET_RUN" not in os.environ
-        assert signal.getsignal(signal.SIGTERM) is not before[1]
-        structlog.get_logger("test").info("a line")
+        assert signal.getsignal(signal.SIGTERM) is not before[2]
+        get_logger("rollfleet.test").info("a line")
     assert os.environ["ROLLFLEET_RUN"] == "mine"
-    assert (structlog.get_config(), signal.getsignal(signal.SIGTERM)) == before
+    assert (logger.handlers, logger.level, signal.getsignal(signal.SIGTERM)) == before
     assert "a line" in (tmp_path / "trainer.log").read_text()

@@ -14,11 +14,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import structlog
 from redis.exceptions import RedisError, ResponseError
 
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import is_transient, translate
 from rollfleet_common.streams import Garbage, Streams
@@ -28,7 +28,7 @@ from rollfleet_worker.slots import Slots
 
 __all__ = ["Claimer"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: One blocking read; the longest that a stop has to wait for it.
 BLOCK_MS = 500

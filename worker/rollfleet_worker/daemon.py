@@ -21,7 +21,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-import structlog
 from redis.exceptions import RedisError
 
 from rollfleet_common.board import Board
@@ -29,6 +28,7 @@ from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import BrokerSetupError, RollfleetError
 from rollfleet_common.keys import RunKeys, check_name
 from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.logs import configure_logs, get_logger
 from rollfleet_common.messages import NO_VERSION, Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
 from rollfleet_common.servers import server_name
@@ -41,7 +41,6 @@ from rollfleet_worker.follow import Follower
 from rollfleet_worker.health import HealthServer
 from rollfleet_worker.inference.engine import Sampling
 from rollfleet_worker.inference.pool import EnginePool
-from rollfleet_worker.logs import configure_logs
 from rollfleet_worker.metrics import Metrics
 from rollfleet_worker.progress import Parking
 from rollfleet_worker.pulse import Pulse
@@ -53,7 +52,7 @@ from rollfleet_worker.workflows.base import load_workflow
 
 __all__ = ["Worker", "run"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: Partition, route and stream entry.
 _Key = tuple[int, str, str]

@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
 from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import retry
 from rollfleet_common.streams import Delivered, Delivery, Streams
@@ -25,7 +24,7 @@ from rollfleet_worker.settings import WorkerSettings
 
 __all__ = ["Outbox", "retry_delay_ms"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: Deliveries that share one round trip.
 AT_ONCE = 64

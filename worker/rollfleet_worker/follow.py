@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import structlog
 from redis.exceptions import ResponseError
 
 from rollfleet_common.board import Board, Shape
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.redis import is_transient, retry
 from rollfleet_common.servers import Server, Servers, ServerWeights
@@ -26,7 +26,7 @@ OnServers = Callable[
     [Mapping[str, Server], Mapping[str, ServerWeights], PolicyVersion, float], None
 ]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: How long one blocking read waits: also the longest that a lost wake-up goes unnoticed.
 BLOCK_MS = 1000

@@ -14,12 +14,12 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import structlog
 from redis.exceptions import RedisError
 
 from rollfleet_common.errors import FailureKind, WireError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.leases import Failure
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim, Kind, PolicyVersion
 from rollfleet_worker.inference.client import all_of
 from rollfleet_worker.inference.engine import Generation, Request
@@ -30,7 +30,7 @@ from rollfleet_worker.parked import Parked, decode_parked, encode_parked, reques
 
 __all__ = ["Parking", "Progress"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: A prompt that nobody took up for so long starts over: by then weights have moved on anyway.
 TTL_MS = 3_600_000

@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import structlog
-
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.leases import Leases
+from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import is_transient
 from rollfleet_worker.metrics import Metrics
 
 __all__ = ["Pulse"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 BEATS_PER_LEASE = 5
 #: Seconds between two looks at the delayed prompts when none is due sooner.

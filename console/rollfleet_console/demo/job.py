@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
-import structlog
 import torch
 
 import rollfleet
 from rollfleet_common.errors import RollfleetError, SettingsError
+from rollfleet_common.logs import configure_logs
 from rollfleet_common.redis import connect_sync
 from rollfleet_console.demo.engines import DemoEngine, TinyEngine, VllmDemo
 from rollfleet_console.demo.kill import Killer, ServerKiller
@@ -265,33 +265,19 @@ class _Loop:
 def _alone(folder: Path) -> Iterator[None]:
     """The demo's own settings, logs and signals; all is put back at the end."""
     env = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("ROLLFLEET_")}
-    logs = structlog.get_config()
     threads = torch.get_num_threads()
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if main_thread else None
     with (folder / "trainer.log").open("a", encoding="utf-8") as log:
-        _log_to(log)
+        undo_logs = configure_logs("info", "json", log)
         try:
             yield
         finally:
-            structlog.configure(**logs)
+            undo_logs()
             torch.set_num_threads(threads)
             os.environ.update(env)
             if main_thread:
                 signal.signal(signal.SIGTERM, before)
-
-
-def _log_to(log: TextIO) -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=log),
-        cache_logger_on_first_use=False,
-    )
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

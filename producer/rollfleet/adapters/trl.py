@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 import torch
 
 from rollfleet.adapters.trl_seam import agree, fleet_settings, row_class
@@ -38,12 +37,13 @@ from rollfleet.batch import Batch
 from rollfleet.fleet import Fleet
 from rollfleet.refits.saving import save_weights
 from rollfleet_common.errors import RollfleetError, SettingsError, StarvedError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Rollout
 from rollfleet_common.redis import is_transient
 
 __all__ = ["STATE_FILE", "TrlBridge", "callback", "fleet_settings", "load_state"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: Metrics that nobody has fetched; more are dropped.
 METRICS = 4096

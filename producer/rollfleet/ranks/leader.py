@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import structlog
-
 from rollfleet.aio import AsyncFleet
 from rollfleet.balance import Cost
 from rollfleet.batch import Batch
@@ -24,12 +22,13 @@ from rollfleet.micro import Form, plan_headers
 from rollfleet.ranks.share import Share
 from rollfleet.ranks.words import SHARE, Conclusion, Revised, Word
 from rollfleet_common.errors import RollfleetError, StarvedError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Prompt, Rollout
 from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Division", "Leader"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: How long the leader keeps the others waiting for a plan without a word.
 BEAT_S = 5.0

@@ -15,20 +15,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import structlog
-
 from rollfleet.line import Line
 from rollfleet.refits.drivers import Drivers, PauseMode, RefitDriver, Weights
 from rollfleet.refits.one import GRACE_S, Announce, Load, Meeting, Once, Outcome, Refit
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import RefitError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION
 from rollfleet_common.servers import Server, Servers, ServerWeights, WeightState, server_name
 from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Refits"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: Weights that broke so many servers, and that none took, are given to no further wave.
 BROKEN = 2

@@ -12,16 +12,15 @@
 import asyncio
 import time
 
-import structlog
-
 from rollfleet.refits.drivers import RefitDriver, Weights
 from rollfleet.refits.fleet import Refits
 from rollfleet_common.errors import RefitError
+from rollfleet_common.logs import get_logger
 from rollfleet_common.servers import Server, ServerWeights, WeightState
 
 __all__ = ["Healer"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 #: Longest time between two tries of a server that fails.
 SELDOM_S = 60.0

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import structlog
-
 from rollfleet_common.errors import SettingsError
+from rollfleet_common.logs import get_logger
 
 __all__ = ["save_weights"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 _FILE = "model.safetensors"
 _VERSION = re.compile(r"v(\d{7,})")

@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
 from rollfleet_common.errors import EpisodeError, OverloadedError
+from rollfleet_common.logs import get_logger
 from rollfleet_worker.inference.members import Member
 from rollfleet_worker.inference.states import PROBED, Event, ServerState, step
 
 __all__ = ["Breaker", "Patience"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: Pause between two tries to have a server go on.
 UNPAUSE_S = 5.0

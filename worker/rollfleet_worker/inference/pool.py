@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import structlog
-
 from rollfleet_common.errors import (
     EngineProtocolError,
     EngineRefusedError,
@@ -23,6 +21,7 @@ from rollfleet_common.errors import (
     SettingsError,
     StaleServerError,
 )
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.servers import Server, ServerWeights, server_name
 from rollfleet_worker.inference.breaker import Breaker, Patience
@@ -43,7 +42,7 @@ from rollfleet_worker.inference.watch import Watching, watch
 
 __all__ = ["EnginePool", "NamedEngine", "ServerState", "ServerStatus"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 T = TypeVar("T")
 

@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-import structlog
-
 from rollfleet_common.errors import (
     EngineRefusedError,
     EngineUnavailableError,
     SettingsError,
 )
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION
 from rollfleet_worker.inference.client import all_of
 from rollfleet_worker.inference.engine import Engine, Generation, Request
@@ -29,7 +28,7 @@ from rollfleet_worker.inference.resume import ABORTED, join, rest, resumable
 
 __all__ = ["Resumer", "Told"]
 
-log = structlog.get_logger("rollfleet.inference")
+log = get_logger("rollfleet.inference")
 
 #: Told what is there so far; its `finish_reason` is ABORTED while more is to come.
 Told: TypeAlias = Callable[[Generation], None]
