@@ -15,6 +15,7 @@ from typing import Any
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
+from rollfleet_common.schemas import Schemas, spoken
 from rollfleet_common.scripts import load
 
 __all__ = ["Board", "Seized", "Shape"]
@@ -82,6 +83,7 @@ class Board:
         """
         k = self.keys
         args = [token, lease_ms, who, int(take_over), version, shape.dumps(), above]
+        args.append(spoken().dumps())
         reply = await _SEIZE(self.client, [k.trainer, k.board, k.news], args)
         if reply[0] == 0:
             return Seized(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))
@@ -142,6 +144,16 @@ class Board:
             refits=refits == b"1",
         )
         return policy, Shape.loads(shape.decode())
+
+    async def schemas(self) -> Schemas:
+        """What the trainer that opened the run last speaks.
+
+        A trainer of release 0.1.0 does not say, but raises the epoch: what an earlier one said does
+        not hold for it.
+        """
+        names = ["schemas", "schemas_epoch", "epoch"]
+        said, of, epoch = await self.client.hmget(self.keys.board, names)
+        return Schemas.loads(said if of == epoch else None)
 
     async def warnings(self) -> list[str]:
         """What the trainer finds wrong with the flow, a sentence each."""

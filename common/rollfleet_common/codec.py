@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from rollfleet_common import schemas
 from rollfleet_common.errors import CodecError, InvalidPromptError, OversizeError, SchemaError
 from rollfleet_common.messages import Bool, Header, Int32, Kind, Prompt, Sample, VersionSpans
 from rollfleet_common.scan import unpack, unpack_usual
@@ -23,7 +24,6 @@ from rollfleet_common.scan import unpack, unpack_usual
 __all__ = [
     "ARRAY_DTYPES",
     "MAX_DIMS",
-    "SCHEMA",
     "decode_header",
     "decode_prompt",
     "decode_samples",
@@ -31,9 +31,6 @@ __all__ = [
     "encode_prompt",
     "encode_samples",
 ]
-
-#: Version of the wire; a reader refuses any other.
-SCHEMA = 1
 
 _PROMPT_TYPES = (str, int, bytes, dict, str, str, str, int, dict, int)
 _HEADER_TYPES = (
@@ -78,7 +75,7 @@ def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
         "deadline_ms": prompt.deadline_ms,
     }
     try:
-        packed = cast(bytes, msgpack.packb([SCHEMA, *fields.values()]))
+        packed = cast(bytes, msgpack.packb([schemas.PROMPT, *fields.values()]))
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise InvalidPromptError(
             f"prompt of group {prompt.group!r}: {_culprit(fields)}: {exc}; prompts carry only what "
@@ -115,7 +112,7 @@ def decode_prompt(packed: bytes) -> Prompt:
         SchemaError: It is of another wire version.
         CodecError: It is no prompt of ours.
     """
-    f = _fields(packed, "prompt", _PROMPT_TYPES)
+    f = _fields(packed, "prompt", schemas.PROMPT, _PROMPT_TYPES)
     try:
         return Prompt(
             group=f[0],
@@ -140,7 +137,8 @@ def encode_header(header: Header) -> bytes:
         bytes,
         msgpack.packb(
             (
-                *(SCHEMA, h.group, h.index, h.n, h.attempt, h.kind.value, h.route, h.task),
+                *(schemas.HEADER, h.group, h.index, h.n, h.attempt, h.kind.value, h.route),
+                h.task,
                 *(h.position, h.entry, h.payload, h.payload_bytes, h.epoch, h.min_version),
                 *(h.max_version, h.samples, h.tokens, h.trained_tokens, float(h.reward)),
                 *(h.worker, h.server, h.queue_ms, h.generate_ms, h.reward_ms),
@@ -156,7 +154,7 @@ def decode_header(packed: bytes) -> Header:
         SchemaError: It is of another wire version.
         CodecError: It is no header of ours.
     """
-    f = _fields(packed, "header", _HEADER_TYPES)
+    f = _fields(packed, "header", schemas.HEADER, _HEADER_TYPES)
     try:
         f[4] = Kind(f[4])
         return Header(*f)
@@ -166,7 +164,9 @@ def decode_header(packed: bytes) -> Header:
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
     """The payload of a rollout: its training sequences."""
-    return cast(bytes, msgpack.packb([SCHEMA, [_pack_sample(sample) for sample in samples]]))
+    return cast(
+        bytes, msgpack.packb([schemas.PAYLOAD, [_pack_sample(sample) for sample in samples]])
+    )
 
 
 def _pack_sample(s: Sample) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def decode_samples(packed: bytes) -> tuple[Sample, ...]:
     usual = unpack_usual(packed)
     if usual is not None:
         return (_unpack_sample(usual, 0),)
-    (samples,) = _fields(packed, "payload", (list,), unpack)
+    (samples,) = _fields(packed, "payload", schemas.PAYLOAD, (list,), unpack)
     return tuple(_unpack_sample(sample, i) for i, sample in enumerate(samples))
 
 
@@ -298,7 +298,11 @@ def _plain(packed: bytes) -> Any:
 
 
 def _fields(
-    packed: bytes, what: str, types: tuple[type, ...], read: Callable[[bytes], Any] = _plain
+    packed: bytes,
+    what: str,
+    schema: int,
+    types: tuple[type, ...],
+    read: Callable[[bytes], Any] = _plain,
 ) -> list[Any]:
     """The fields of a message after its schema version, their number and types checked."""
     try:
@@ -307,9 +311,9 @@ def _fields(
         raise CodecError(f"{what} of {len(packed)} bytes is not msgpack: {exc}") from exc
     if type(raw) is not list or not raw or type(raw[0]) is not int:
         raise CodecError(f"{what} of {len(packed)} bytes is no message of rollfleet")
-    if raw[0] != SCHEMA:
+    if raw[0] != schema:
         raise SchemaError(
-            f"{what} is of wire version {raw[0]}, this release speaks {SCHEMA}: "
+            f"{what} is of wire version {raw[0]}, this release speaks {schema}: "
             "run one release of rollfleet on both sides"
         )
     del raw[0]

@@ -1,7 +1,9 @@
-"""Every Redis name of a run, in one place. Imports nothing of ours but the error tree.
+"""Every Redis name of a run, in one place. Imports nothing of ours but errors and schema versions.
 
 - One hash tag per partition, ``{run/p}``: every atomic step touches one partition, so a run can be
   spread over a Redis Cluster. Run-level names carry the tag ``{run}``.
+- Prompts of schema 2 and later have keys that name the schema: a worker that cannot read them never
+  claims them, whatever its release knows.
 - A group lives in one partition, chosen by :func:`partition_of` from its name.
 """
 
@@ -9,6 +11,7 @@ import re
 import zlib
 from dataclasses import dataclass
 
+from rollfleet_common import schemas
 from rollfleet_common.errors import SettingsError
 
 __all__ = ["PartitionKeys", "RunKeys", "check_name", "partition_of"]
@@ -35,6 +38,12 @@ def partition_of(group: str, partitions: int) -> int:
     return zlib.crc32(group.encode()) % partitions if partitions > 1 else 0
 
 
+def _of(schema: int | None) -> str:
+    """What keys of prompts of a schema bear after their first word."""
+    number = schemas.PROMPT if schema is None else schema
+    return "" if number == 1 else f".{number}"
+
+
 @dataclass(frozen=True, slots=True)
 class PartitionKeys:
     """The names of one partition of a run."""
@@ -47,17 +56,22 @@ class PartitionKeys:
         """What every name begins with: ``rf:{run/p}:``."""
         return f"rf:{{{self.run}/{self.partition}}}:"
 
-    def prompts(self, route: str) -> str:
-        """Stream of prompts waiting for or leased to workers that serve `route`."""
-        return f"{self.prefix}prompts:{route}"
+    def prompts(self, route: str, schema: int | None = None) -> str:
+        """Stream of prompts waiting for or leased to workers that serve `route`.
 
-    def delayed(self, route: str) -> str:
+        Args:
+            route: Which workflow runs them.
+            schema: Of the prompts; None: the one that this release writes.
+        """
+        return f"{self.prefix}prompts{_of(schema)}:{route}"
+
+    def delayed(self, route: str, schema: int | None = None) -> str:
         """Sorted set of prompts that wait for their next attempt, by due time in ms."""
-        return f"{self.prefix}delayed:{route}"
+        return f"{self.prefix}delayed{_of(schema)}:{route}"
 
     def parked(self, route: str) -> str:
         """Hash of what the delayed prompts say."""
-        return f"{self.prefix}parked:{route}"
+        return f"{self.prefix}parked{_of(None)}:{route}"
 
     def group(self, group: str) -> str:
         """Hash: where every member of a group is."""

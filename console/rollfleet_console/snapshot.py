@@ -13,6 +13,7 @@ from typing import Any
 from rollfleet_common.board import Board
 from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
 from rollfleet_common.ledger import read_books
+from rollfleet_common.schemas import Schemas
 from rollfleet_common.servers import Servers
 from rollfleet_console.fleet_servers import gather
 from rollfleet_console.reasons import explain
@@ -89,6 +90,7 @@ def _worker(card: Mapping[str, Any], pending: Mapping[str, int], now_ms: int) ->
         host=str(card.get("host", "?")),
         pid=int(card.get("pid", 0)),
         version=str(card.get("version", "?")),
+        schemas=Schemas.of(card.get("schemas"), str(card.get("version", ""))),
         routes=tuple(map(str, card.get("routes", ()))),
         slots=int(card.get("slots", 0)),
         busy=int(card.get("busy", 0)),

@@ -136,6 +136,7 @@ def _workers(workers: tuple[WorkerCard, ...]) -> RenderableType:
     for name in ("state", "busy", "leases", "version", "delivered", "failed", "seen"):
         right = "left" if name == "state" else "right"
         table.add_column(name, justify=right, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("release", no_wrap=True)
     table.add_column("servers", no_wrap=True)
     # The lost first: in a large fleet they would else be among those that are not shown.
     for w in sorted(workers, key=lambda w: (not w.lost, w.id))[:SHOWN_WORKERS]:
@@ -148,6 +149,7 @@ def _workers(workers: tuple[WorkerCard, ...]) -> RenderableType:
             f"{w.delivered:,}",
             Text(f"{w.failed:,}", style="yellow" if w.failed else ""),
             ago(w.seen_s),
+            Text(f"{w.version} ({w.schemas})"),
             _servers(w),
         )
     rest = workers[SHOWN_WORKERS:]

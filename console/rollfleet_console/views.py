@@ -7,6 +7,7 @@ from typing import Any
 from rollfleet_common.board import Shape
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import PolicyVersion
+from rollfleet_common.schemas import Schemas
 
 __all__ = ["LOST_AFTER_S", "FleetServer", "Route", "Server", "Snapshot", "WorkerCard"]
 
@@ -84,6 +85,8 @@ class WorkerCard:
     pending: int
     #: Seconds that its clock is ahead of Redis'.
     ahead_s: float = 0.0
+    #: What its release speaks.
+    schemas: Schemas = field(default_factory=Schemas)
 
     @property
     def lost(self) -> bool:

@@ -31,6 +31,7 @@ from rollfleet.refits.drivers import Weights
 from rollfleet.refits.fleet import Refits
 from rollfleet.refits.healer import Healer
 from rollfleet.refits.one import Load
+from rollfleet.releases import refuse_leftovers, strangers
 from rollfleet.settings import TrainerSettings
 from rollfleet.tenure import Tenure
 from rollfleet_common.board import Board
@@ -49,6 +50,8 @@ log = get_logger("rollfleet.trainer")
 
 #: How often deadlines are looked at.
 DEADLINE_S = 1.0
+#: How often the cards of the workers are looked at.
+CARDS_S = 10.0
 
 
 class AsyncFleet:
@@ -149,6 +152,12 @@ class AsyncFleet:
             await check(self._client, s)
             if s.fresh:
                 await wipe(self._client, self.keys)
+            await retry(
+                lambda: refuse_leftovers(self._client, self.keys, s.partitions),
+                what="look for prompts of an earlier release",
+                deadline_s=REACH_S,
+                url=s.redis_url,
+            )
             await self._tenure.take(self._want)
             # It may be repeated: every step of it is idempotent.
             await retry(self._build, what="open the run", deadline_s=REACH_S, url=s.redis_url)
@@ -236,10 +245,18 @@ class AsyncFleet:
     async def _tend(self) -> None:
         """Close groups that are past their deadline; keep what is worth a warning on the board."""
         shown = ""
+        foreign: list[str] = []
+        look_at = 0.0
         while True:
             await asyncio.sleep(DEADLINE_S)
             self.consumer.drop_log.tell()
-            said = self.meter.warnings(self.settings.max_staleness)
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + CARDS_S
+                cards = await self.line(
+                    lambda: self._client.hgetall(self.keys.workers), "look at the workers"
+                )
+                foreign = strangers(cards)
+            said = self.meter.warnings(self.settings.max_staleness) + foreign
             if (text := json.dumps(said)) != shown:
                 for sentence in said:
                     log.warning(sentence)

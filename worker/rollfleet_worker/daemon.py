@@ -5,7 +5,8 @@
 - SIGTERM or SIGINT: stop claiming, finish until the drain deadline, hand the rest back so that it
   is claimable at once, exit 0. A second signal hands back at once. Leases are renewed throughout.
 
-Exit codes: 0 drained; 1 a defect (the traceback is logged); 2 settings or set-up refused;
+Exit codes: 0 drained; 1 a defect (the traceback is logged); 2 settings or set-up refused,
+or the trainer of the run speaks other schemas;
 3 the drain deadline passed while Redis was away, so that what was left waits for its leases.
 """
 
@@ -18,7 +19,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -31,6 +31,7 @@ from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.logs import configure_logs, get_logger
 from rollfleet_common.messages import NO_VERSION, Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
+from rollfleet_common.schemas import RELEASE, Schemas, clash, spoken
 from rollfleet_common.servers import server_name
 from rollfleet_common.streams import Streams
 from rollfleet_common.tasks import cancel_all
@@ -58,7 +59,6 @@ log = get_logger("rollfleet.worker")
 _Key = tuple[int, str, str]
 
 OK, DEFECT, REFUSED, UNDELIVERED = 0, 1, 2, 3
-RELEASE = version("rollfleet")
 #: How long the last words to Redis may take when the drain deadline has passed.
 LAST_WORDS_S = 5.0
 #: How long what is parked may be on its way to Redis when the worker ends.
@@ -89,6 +89,8 @@ class Worker:
         self._running: dict[_Key, PolicyVersion] = {}
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
+        #: Why this worker cannot work for the trainer that holds the run; "" if it can.
+        self._clash = ""
         #: A call failed, and none was answered since; so for a moment at least.
         self._away = False
         self._away_until = 0.0
@@ -225,6 +227,7 @@ class Worker:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": RELEASE,
+            "schemas": spoken().as_dict(),
             "routes": self.routes,
             "slots": self.slots.total,
             "busy": len(self._running),
@@ -250,6 +253,25 @@ class Worker:
         if self._stopping.is_set():
             self._at_once.set()
         log.info("stopping", again=self._stopping.is_set(), episodes=len(self._alive))
+        self._end_claiming()
+
+    def _refuse_run(self, why: str, trainer: Schemas) -> None:
+        """Stop: the trainer that holds the run speaks other schemas than this release."""
+        if self._clash:
+            return
+        self._clash = why
+        log.error(
+            "this release cannot work for the trainer of the run",
+            run=self.settings.run,
+            release=RELEASE,
+            trainer_release=trainer.release or "unknown",
+            why=why,
+        )
+        if clash(replace(trainer, prompt=spoken().prompt), spoken()):
+            # What is under way would bring rollouts that the trainer cannot read: it is handed back.
+            for outbox in self.outboxes:
+                outbox.shut()
+            self._at_once.set()
         self._end_claiming()
 
     def _end_claiming(self) -> None:
@@ -329,6 +351,7 @@ class Worker:
                 self._on_answer,
                 self._cancel_hopeless,
                 pool.apply,
+                self._refuse_run,
             )
             return await self._work(client, url, readers)
         finally:
@@ -433,6 +456,8 @@ class Worker:
         failed: "asyncio.Task[Any] | None",
     ) -> int:
         code = OK if failed is None else REFUSED if _is_setup(failed) else DEFECT
+        if self._clash:
+            code = code or REFUSED
         deadline = time.monotonic() + self.settings.drain_s
         if claiming:
             # A read that is under way may still bring leases: they are lived, or handed back.

@@ -59,6 +59,11 @@ class Outbox:
         self._on_wait = on_wait
         self._queue: deque[_Waiting] = deque()
         self._some = asyncio.Event()
+        self._shut = False
+
+    def shut(self) -> None:
+        """Send no further rollouts: who reads them now could not. What waits keeps its lease."""
+        self._shut = True
 
     async def deliver(self, claim: Claim, outcome: Delivery | Failure) -> None:
         """Hand in an outcome; returns when Redis has taken or refused it."""
@@ -92,6 +97,8 @@ class Outbox:
     async def _lane(self) -> None:
         while True:
             await self._some.wait()
+            if self._shut:
+                return
             items: list[_Waiting] = []
             size = 0
             while self._queue and len(items) < AT_ONCE and size < BYTES_AT_ONCE:

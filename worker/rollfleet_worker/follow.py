@@ -2,6 +2,7 @@
 
 - Whatever is missed by the read (a cut connection, a trimmed entry) the poll catches up with.
 - Before a trainer has opened the run there is no board; workers wait for it, and say so.
+- A trainer whose messages this release cannot read, or that cannot read ours, is not worked for.
 - Which inference servers there are, and what they were refitted to, is read with every look.
 """
 
@@ -16,6 +17,7 @@ from rollfleet_common.board import Board, Shape
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.redis import is_transient, retry
+from rollfleet_common.schemas import Schemas, clash, spoken
 from rollfleet_common.servers import Server, Servers, ServerWeights
 
 __all__ = ["Follower", "OnServers"]
@@ -45,6 +47,7 @@ class Follower:
         on_answer: Callable[[], None],
         on_change: Callable[[PolicyVersion], None],
         on_servers: OnServers,
+        on_clash: Callable[[str, Schemas], None],
     ) -> None:
         self.board = board
         self.servers = Servers(board.client, board.keys)
@@ -56,6 +59,7 @@ class Follower:
         self._on_answer = on_answer
         self._on_change = on_change
         self._on_servers = on_servers
+        self._on_clash = on_clash
 
     @property
     def paused(self) -> bool:
@@ -84,6 +88,11 @@ class Follower:
         if found is None:
             return
         policy, shape = found
+        # At every look: a run that was deleted and opened anew begins at epoch 1 again.
+        theirs = await self.board.schemas()
+        if why := clash(theirs, spoken()):
+            self._on_clash(why, theirs)
+            return
         if policy != self.policy:
             log.info(
                 "following", version=policy.version, epoch=policy.epoch, weights=policy.weights

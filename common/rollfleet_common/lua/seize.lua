@@ -3,7 +3,7 @@
 -- KEYS 1 trainer  2 board  3 news
 -- ARGV 1 token  2 lease in ms  3 who (for people)  4 take over: 1 or 0
 --      5 version to resume at (-1: wherever the board is)  6 shape of the run (JSON)
---      7 an epoch that this one must be above
+--      7 an epoch that this one must be above  8 what the trainer speaks (JSON)
 -- Returns {1, epoch, version} or {0, who holds it, ms left of its lease}.
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] and ARGV[4] ~= '1' then
@@ -17,6 +17,8 @@ local version = tonumber(ARGV[5])
 if version < 0 then version = math.max(at, 0) end
 local rollbacks = redis.call('HGET', KEYS[2], 'rollbacks') or ''
 rollbacks = rollbacks .. (rollbacks == '' and '' or ' ') .. epoch .. ':' .. version
-redis.call('HSET', KEYS[2], 'token', ARGV[1], 'who', ARGV[3], 'version', version, 'shape', ARGV[6], 'rollbacks', rollbacks)
+redis.call('HSET', KEYS[2], 'token', ARGV[1], 'who', ARGV[3], 'version', version, 'shape', ARGV[6], 'rollbacks', rollbacks,
+  -- A trainer of release 0.1.0 that comes later leaves this as it is, but raises the epoch.
+  'schemas', ARGV[8], 'schemas_epoch', epoch)
 redis.call('XADD', KEYS[3], 'MAXLEN', '64', '*', 'epoch', epoch, 'version', version)
 return {1, epoch, version}
