@@ -5,11 +5,11 @@
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.keys import PartitionKeys
 from rollfleet_common.messages import Claim
@@ -37,15 +37,15 @@ class Failure:
     detail: str
     worker: str
 
-    def record(self, attempt: int) -> str:
-        """One line of JSON for the dead letter's history."""
+    def record(self, attempt: int, at_ms: int) -> str:
+        """One line of JSON for the dead letter's history; `at_ms` is Unix time by Redis's clock."""
         return json.dumps(
             {
                 "attempt": attempt,
                 "kind": self.kind.value,
                 "detail": self.detail[:DETAIL],
                 "worker": self.worker,
-                "at_ms": int(time.time() * 1000),
+                "at_ms": at_ms,
             }
         )
 
@@ -53,10 +53,13 @@ class Failure:
 class Leases:
     """The leases of one worker in one partition."""
 
-    def __init__(self, client: Any, keys: PartitionKeys, worker: str) -> None:
+    def __init__(
+        self, client: Any, keys: PartitionKeys, worker: str, clock: Clock | None = None
+    ) -> None:
         self.client = client
         self.keys = keys
         self.worker = worker
+        self.clock = clock or Clock()
 
     async def renew(self, route: str, entries: Sequence[str]) -> list[str]:
         """Renew all leases of a route; returns the entries that are no longer ours."""
@@ -114,7 +117,12 @@ class Leases:
         keys = [k.prompts(p.route), k.delayed(p.route), k.parked(p.route), k.dead, k.tombstones]
         keys += [k.ledger, k.group(p.group)]
         args: list[Any] = [self.worker, claim.entry, delay_ms]
-        args += [failure.record(claim.attempt), p.task, p.position, failure.kind.value]
+        args += [
+            failure.record(claim.attempt, int(self.clock.now_ms())),
+            p.task,
+            p.position,
+            failure.kind.value,
+        ]
         return int(await _FAIL(self.client, keys, args)) > 0
 
     async def give_up(self, claim: Claim, why: str) -> bool:
@@ -141,7 +149,14 @@ class Leases:
         failure = Failure(FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker)
         keys = [k.prompts(route), k.delayed(route), k.parked(route), k.dead, k.tombstones]
         keys += [k.ledger, k.group(group)]
-        args = [self.worker, garbage.entry, -1, failure.record(1), "?", -1]
+        args = [
+            self.worker,
+            garbage.entry,
+            -1,
+            failure.record(1, int(self.clock.now_ms())),
+            "?",
+            -1,
+        ]
         await _FAIL(self.client, keys, [*args, failure.kind.value])
 
     async def promote(self, route: str, count: int = 100) -> tuple[int, int]:

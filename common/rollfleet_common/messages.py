@@ -55,7 +55,8 @@ class PolicyVersion:
     epoch: int
     #: Where the weights are (a path or any reference the servers understand); "" if none.
     weights: str = ""
-    #: Unix time in milliseconds until which workers claim nothing new; 0 if not paused.
+    #: Unix time in milliseconds, by Redis's clock, until which workers claim nothing new; 0 if not
+    #: paused.
     paused_until_ms: int = 0
     #: The oldest version of a trained token that may still be of use; -1 if any may.
     min_useful: int = -1
@@ -84,7 +85,8 @@ class Prompt:
     position: int = -1
     #: Sampling parameters that override the worker's.
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    #: Unix time in milliseconds after which the group is given up; 0 if never.
+    #: Unix time in milliseconds after which the group is given up; 0 if never. By Redis's clock once
+    #: it is on the wire; a trainer gives it by its host's, and `submit` and `feed` convert it.
     deadline_ms: int = 0
 
 

@@ -101,6 +101,7 @@ class ServerWeights:
     epoch: int = 0
     #: Why it is stale; "" otherwise.
     why: str = ""
+    #: Unix times in milliseconds, by Redis's clock: end of the refit, and when this was written.
     until_ms: int = 0
     at_ms: int = 0
     #: Name under which it serves them, a LoRA adapter; "": they are the server's model itself.

@@ -1,7 +1,7 @@
 """What the doctor asks about those who work: trainer, workers, leases, routes, what nobody takes in.
 
-- Ages are taken by the clock of Redis; a card's by the clock of its worker, which may be wrong,
-  and is then told apart by what Redis itself saw of that worker.
+- Ages are taken by the clock of Redis. A card of release 0.1.0 is dated by its worker's own clock,
+  which may be wrong, and is then told apart by what Redis itself saw of that worker.
 """
 
 from collections import Counter
@@ -157,7 +157,7 @@ def workers(s: Snapshot, seen: Sequence[Consumer], lease_s: float) -> list[Findi
     if odd:
         what = f"{len(odd)} worker(s) are at work, but their cards say that they have not been "
         what += f"seen for {ago(max(w.seen_s for w in odd))}: their clocks are behind"
-        fix = "run NTP on their hosts; a pause ends late for them"
+        fix = "run NTP on their hosts; for workers of release 0.1.0 a pause ends late"
         found.append(_about(what, odd, fix))
     if gone := [w for w in lost if w not in odd]:
         what = f"{len(gone)} worker(s) have not shown themselves for "
@@ -169,7 +169,9 @@ def workers(s: Snapshot, seen: Sequence[Consumer], lease_s: float) -> list[Findi
     if ahead:
         by_s = max(w.ahead_s for w in ahead)
         what = f"the clocks of {len(ahead)} worker(s) are up to {ago(by_s)} ahead of Redis"
-        found.append(_about(what, ahead, "run NTP on their hosts; a pause ends early for them"))
+        found.append(
+            _about(what, ahead, "run NTP on their hosts; for workers of 0.1.0 a pause ends early")
+        )
     if s.unreadable:
         what = f"{len(s.unreadable)} worker card(s) cannot be read"
         fix = "another release, or not ours: HDEL them if nobody runs"

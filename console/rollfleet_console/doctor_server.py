@@ -181,10 +181,10 @@ async def clock(client: Any) -> tuple[float, list[Finding]]:
     what = f"this host and Redis are {abs(skew_s):.2f} s apart (measured to {took_s / 2:.3f} s)"
     if abs(skew_s) - took_s / 2 <= CLOCK_SLACK_S:
         return now_s, [Finding(Severity.OK, "clock", what)]
-    fix = (
-        "run NTP (chrony, systemd-timesyncd) on both: pauses end by the clock of each worker, and "
+    fix = "run NTP (chrony, systemd-timesyncd) on both, so that log lines of two hosts can be compared; "
+    fix += (
+        "rollfleet itself goes by the clock of Redis, but workers of 0.1.0 end pauses by their own"
     )
-    fix += "workers are shown as lost by theirs; leases follow Redis alone"
     return now_s, [Finding(Severity.WARNING, "clock", what, fix=fix)]
 
 

@@ -5,7 +5,7 @@
 - A server that workers were started with (`--server`) is theirs: it can be drained, not removed.
 """
 
-import time
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -41,7 +41,14 @@ def _registry(client: Any, run: str) -> Any:
 def _row(url: str, engine: Engine, *, draining: bool = False) -> Any:
     from rollfleet_common.servers import Server, server_url  # noqa: PLC0415  # heavy
 
-    return Server(server_url(url), engine.value, draining, added_ms=int(time.time() * 1000))
+    return Server(server_url(url), engine.value, draining)
+
+
+async def _add(client: Any, run: str, row: Any) -> bool:
+    """Register `row`, dated by Redis's clock; returns whether it is a new one."""
+    seconds, micros = await client.time()
+    dated = replace(row, added_ms=int(seconds) * 1000 + int(micros) // 1000)
+    return bool(await _registry(client, run).add(dated))
 
 
 @server.command("add")
@@ -55,7 +62,7 @@ def server_add(
     """Register a server: workers use it as soon as it answers and holds the run's weights."""
     row = _row(url, engine)
     settings = settings_of(redis_url, run, config)
-    new = ask(settings, lambda client, name: _registry(client, name).add(row))
+    new = ask(settings, lambda client, name: _add(client, name, row))
     typer.echo(f"{row.url}: {'added' if new else 'registered anew'}")
 
 
@@ -70,7 +77,7 @@ def server_drain(
         registry = _registry(client, name)
         known: bool = await registry.drain(row.url)
         # One that workers were started with is drained by a row of its own.
-        return known or bool(await registry.add(row))
+        return known or await _add(client, name, row)
 
     ask(settings_of(redis_url, run, config), drain)
     typer.echo(f"{row.url}: draining")

@@ -88,7 +88,7 @@ class AsyncFleet:
             if policy is None
             else Guarded(policy)
         )
-        self.meter = BiasMeter()
+        self.meter = BiasMeter(clock=lambda: self.line.clock.now_ms() / 1000)
         self.pacer = Pacer(
             settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
         )
@@ -150,6 +150,7 @@ class AsyncFleet:
         )
         try:
             await check(self._client, s)
+            await retry(self._set_clock, what="ask Redis for its time", deadline_s=REACH_S)
             if s.fresh:
                 await wipe(self._client, self.keys)
             await retry(
@@ -234,6 +235,9 @@ class AsyncFleet:
         self.commits, self.submitter = parts.commits, parts.submitter
         self.reviver, self.gather = parts.reviver, parts.gather
 
+    async def _set_clock(self) -> None:
+        await self.line.clock.measure(self._client)
+
     def _wake(self) -> None:
         """Have everyone who waits look again."""
         self.consumer.news.set()
@@ -250,6 +254,8 @@ class AsyncFleet:
         while True:
             await asyncio.sleep(DEADLINE_S)
             self.consumer.drop_log.tell()
+            if self.line.clock.due:
+                await self.line(self._set_clock, "ask Redis for its time")
             if time.monotonic() >= look_at:
                 look_at = time.monotonic() + CARDS_S
                 cards = await self.line(
@@ -262,7 +268,7 @@ class AsyncFleet:
                     log.warning(sentence)
                 await self._tenure.say("publish warnings", warnings=text)
                 shown = text
-            now_ms = time.time() * 1000
+            now_ms = self.line.clock.now_ms()
             late = [p.group for p in self._out.values() if 0 < p.deadline_ms < now_ms]
             for group in late:
                 log.debug("deadline passed", group=group)
@@ -437,7 +443,7 @@ class AsyncFleet:
 
     async def pause(self, seconds: float) -> None:
         """Ask workers to claim nothing for `seconds`; what runs goes on. 0 resumes."""
-        until = int((time.time() + seconds) * 1000) if seconds > 0 else 0
+        until = int(self.line.clock.now_ms() + seconds * 1000) if seconds > 0 else 0
         await self._tenure.say("pause", paused_until_ms=until)
 
     async def batches(

@@ -128,6 +128,7 @@ class Feeder:
         again: Positions below `skip` that are to be submitted all the same.
         stood: Where a stateful source stood; not beyond the first position that is due.
         oldest: Asked, in the loop, for the oldest position that must stay within reach.
+        dated: Gives a prompt its deadline by Redis's clock.
     """
 
     def __init__(
@@ -139,8 +140,10 @@ class Feeder:
         again: Collection[int] = (),
         stood: Mark | None = None,
         oldest: Callable[[], int] | None = None,
+        dated: Callable[[Prompt], Prompt] = lambda prompt: prompt,
     ) -> None:
         self.source = source
+        self._dated = dated
         self.stood = stood
         #: Where the source stood at the positions that may be due again.
         self.marks = Marks()
@@ -213,6 +216,7 @@ class Feeder:
                 prompt = to_prompt(
                     item, group=f"p{position}", group_size=self.group_size, position=position
                 )
+                prompt = self._dated(prompt)
                 self._room.acquire()
                 self._tell(lambda prompt=prompt: self._ready.append(prompt))  # type: ignore[misc]
         except RollfleetError as exc:

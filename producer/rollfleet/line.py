@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import retry
@@ -32,6 +33,8 @@ class Line:
 
     def __init__(self, revive: Callable[[], Awaitable[bool]]) -> None:
         self.revive = revive
+        #: Of the Redis at its other end.
+        self.clock = Clock()
         self.away_since: float | None = None
         #: Whether Redis was away since this was last cleared: it may have lost its last second.
         self.suspect = False
@@ -58,6 +61,7 @@ class Line:
         """Redis did not answer."""
         now = time.monotonic()
         self.suspect = True
+        self.clock.doubt()
         if self.away_since is None:
             self.away_since = self._say_at = now
         if now >= self._say_at:

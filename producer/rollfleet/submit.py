@@ -117,6 +117,7 @@ class Submitter:
             again,
             self._stood(source, min((skip, *again))),
             self._oldest,
+            self._dated,
         )
         self.feeder.start()
 
@@ -181,7 +182,7 @@ class Submitter:
         """
         self.check()
         group = name or self.name()
-        prompt = to_prompt(item, group=group, group_size=self.settings.launched)
+        prompt = self._dated(to_prompt(item, group=group, group_size=self.settings.launched))
         if kind is not None:
             prompt = replace(prompt, kind=kind, n=self.settings.group_size)
         if prompt.kind is Kind.TRAIN or kind is None:
@@ -189,6 +190,14 @@ class Submitter:
             await self._room(prompt.n)
         await self._submit([Submission(group, prompt)])
         return group
+
+    def _dated(self, prompt: Prompt) -> Prompt:
+        """A deadline is given by this host's clock, and judged by Redis's."""
+        if prompt.deadline_ms <= 0:
+            return prompt
+        return replace(
+            prompt, deadline_ms=max(1, int(self.line.clock.from_wall_ms(prompt.deadline_ms)))
+        )
 
     async def look(self) -> None:
         """Take the ledger's word for what is outstanding."""

@@ -6,7 +6,6 @@
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from rollfleet.line import Line
@@ -129,7 +128,7 @@ class Tenure:
             f"publish version {self.version}",
             version=self.version,
             weights=self.weights,
-            published_ms=int(time.time() * 1000),
+            published_ms=int(self.line.clock.now_ms()),
             min_useful=useful,
             refits=int(self.refits()),
         )

@@ -480,7 +480,7 @@ async def test_reap_forgets_the_idle_but_never_who_holds_a_lease(rig: Rig):
 
 
 def test_a_failure_is_recorded_in_one_bounded_line():
-    record = Failure(FailureKind.INFRA, "x\n" * 10_000, "w").record(3)
+    record = Failure(FailureKind.INFRA, "x\n" * 10_000, "w").record(3, 17)
     assert "\n" not in record
     assert len(record) < 2000
     assert json.loads(record)["attempt"] == 3

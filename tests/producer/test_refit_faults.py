@@ -18,7 +18,7 @@ from fixtures.rig import Rig
 from redis.exceptions import ConnectionError as RedisConnectionError
 from support import wait_until_async
 
-from rollfleet.refits import drivers, fleet
+from rollfleet.refits import drivers
 from rollfleet.refits.control import Control
 from rollfleet.refits.drivers import Weights
 from rollfleet.refits.fleet import Refits
@@ -250,7 +250,7 @@ async def test_a_row_that_redis_did_not_take_for_long_still_has_all_of_its_time(
         await tell(token, given)
 
     now = time.time
-    monkeypatch.setattr(fleet.time, "time", lambda: now() + late_s)
+    monkeypatch.setattr(time, "time", lambda: now() + late_s)
     monkeypatch.setattr(refits.servers, "tell", away)
     await refits.publish(NEW, Board())
     assert [row.state for row, _ in told] == [WeightState.REFITTING, SERVING]

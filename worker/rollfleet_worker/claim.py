@@ -16,6 +16,7 @@ from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.logs import get_logger
@@ -64,7 +65,9 @@ class Claimer:
         owns: Callable[[Claim], bool],
         on_wait: Callable[[Exception, float], None],
         alone: bool,
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or Clock()
         self.streams = streams
         self.leases = leases
         self.reader = reader
@@ -145,7 +148,7 @@ class Claimer:
         claims, garbage = await self.streams.claim(
             self.reader, self.leases.worker, routes, self._spare // len(routes), block_ms
         )
-        now_ms = time.time() * 1000
+        now_ms = self.clock.now_ms()
         for claim in claims:
             self.metrics.claimed.labels(claim.prompt.route).inc()
             self.metrics.queue_s.observe(max(now_ms - claim.queued_ms, 0) / 1000)

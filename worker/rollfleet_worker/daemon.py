@@ -24,6 +24,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from rollfleet_common.board import Board
+from rollfleet_common.clock import Clock
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import BrokerSetupError, RollfleetError
 from rollfleet_common.keys import RunKeys, check_name
@@ -99,7 +100,8 @@ class Worker:
         self.metrics.version.set_function(
             lambda: NO_VERSION if self.follower is None else self.follower.policy.version
         )
-        self._started_ms = int(time.time() * 1000)
+        self.clock = Clock()
+        self._started = time.monotonic()
         self._counts = {"delivered": 0, "failed": 0}
 
     # ---- the life of a prompt ----------------------------------------------------------------
@@ -191,6 +193,7 @@ class Worker:
             log.warning("redis is away", error=str(exc))
             self.metrics.disruptions.inc()
         self._away = True
+        self.clock.doubt()
         self._away_until = time.monotonic() + max(wait_s, 1.0)
 
     def _on_answer(self) -> None:
@@ -234,8 +237,8 @@ class Worker:
             "servers": card_servers(self.pool) if self.pool else [],
             "state": self.why_not() or "claiming",
             "policy_version": policy.version,
-            "seen_ms": int(time.time() * 1000),
-            "started_ms": self._started_ms,
+            "seen_ms": int(self.clock.now_ms()),
+            "started_ms": int(self.clock.now_ms() - (time.monotonic() - self._started) * 1000),
             **self._counts,
         }
 
@@ -290,7 +293,7 @@ class Worker:
         client = connect(url, role=f"worker-{self.id}")
         readers: list[Any] = []
         rewards = RewardPool(s.reward_processes, s.reward_timeout_s)
-        pool = self.pool = build_pool(s, self.metrics)
+        pool = self.pool = build_pool(s, self.metrics, self.clock)
         self._needs_server = any(getattr(w, "needs_server", False) for w in workflows.values())
         engine = faced(pool, s, self.metrics)
         if s.park:
@@ -312,6 +315,7 @@ class Worker:
             timeout_s=s.episode_timeout_s,
             max_rollout_bytes=s.max_rollout_bytes,
             metrics=self.metrics,
+            clock=self.clock,
         )
         try:
             if s.health_port is not None:
@@ -352,6 +356,7 @@ class Worker:
                 self._cancel_hopeless,
                 pool.apply,
                 self._refuse_run,
+                self.clock,
             )
             return await self._work(client, url, readers)
         finally:
@@ -398,7 +403,7 @@ class Worker:
         all_leases: list[Leases] = []
         for partition in range(partitions):
             keys = self.keys.partition(partition)
-            streams, leases = Streams(client, keys), Leases(client, keys, self.id)
+            streams, leases = Streams(client, keys), Leases(client, keys, self.id, self.clock)
             outbox = Outbox(streams, leases, self.settings, self.metrics, self._on_wait)
             reader = connect(url, role=f"claim-{self.id}", blocking=True, block_s=BLOCK_MS / 1000)
             readers.append(reader)
@@ -419,6 +424,7 @@ class Worker:
                     owns=lambda claim: _key(claim) in self._alive,
                     on_wait=self._on_wait,
                     alone=partitions * len(self.routes) == 1,
+                    clock=self.clock,
                 )
             )
         return Pulse(
@@ -432,6 +438,7 @@ class Worker:
             lost=self._lost,
             card=self.card,
             on_wait=self._on_wait,
+            clock=self.clock,
         )
 
     async def _watch(self, tasks: Sequence["asyncio.Task[Any]"]) -> "asyncio.Task[Any] | None":

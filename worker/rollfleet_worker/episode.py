@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.codec import encode_samples
 from rollfleet_common.errors import (
     DataError,
@@ -50,7 +51,9 @@ class Episodes:
         timeout_s: float,
         max_rollout_bytes: int,
         metrics: Metrics,
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or Clock()
         self.worker = worker
         self.workflows = workflows
         self.engine = engine
@@ -71,7 +74,8 @@ class Episodes:
             policy: What the board says now.
             progress: What is parked of it; None: nothing is, nor will be.
         """
-        began = time.time()
+        began = time.monotonic()
+        queue_ms = max(int(self.clock.now_ms()) - claim.queued_ms, 0)
         engine = self.engine if progress is None else progress
         context = Context(claim, policy.version, engine, self.sampling, self.rewards, self.text)
         where = f"group {claim.prompt.group} #{claim.index} on {self.worker}"
@@ -82,8 +86,8 @@ class Episodes:
             return Failure(exc.kind, f"{type(exc).__name__}: {exc}", self.worker)
         except (InvalidSampleError, OversizeError) as exc:
             return Failure(FailureKind.DATA, f"{type(exc).__name__}: {exc}", self.worker)
-        header = self._header(claim, context, policy, samples, payload, began)
-        self.metrics.episode_s.observe(time.time() - began)
+        header = self._header(claim, context, policy, samples, payload, queue_ms)
+        self.metrics.episode_s.observe(time.monotonic() - began)
         self.metrics.reward_s.observe(context.reward_s)
         return Delivery(header, payload)
 
@@ -116,7 +120,7 @@ class Episodes:
         policy: PolicyVersion,
         samples: Sequence[Sample],
         payload: bytes,
-        began: float,
+        queue_ms: int,
     ) -> Header:
         prompt = claim.prompt
         trained = [int(np.count_nonzero(s.loss_mask)) for s in samples]
@@ -144,7 +148,7 @@ class Episodes:
             reward=samples[0].reward,
             worker=self.worker,
             server=context.server,
-            queue_ms=max(int(began * 1000) - claim.queued_ms, 0),
+            queue_ms=queue_ms,
             generate_ms=int(context.generate_s * 1000),
             reward_ms=int(context.reward_s * 1000),
         )

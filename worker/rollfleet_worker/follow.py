@@ -7,13 +7,13 @@
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from rollfleet_common.board import Board, Shape
+from rollfleet_common.clock import Clock
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.redis import is_transient, retry
@@ -23,7 +23,7 @@ from rollfleet_common.servers import Server, Servers, ServerWeights
 __all__ = ["Follower", "OnServers"]
 
 #: Told the registered servers, what the trainer wrote of weights, the board, and when they were
-#: asked for, in Unix milliseconds; after every look.
+#: asked for, in Unix milliseconds by Redis's clock; after every look.
 OnServers = Callable[
     [Mapping[str, Server], Mapping[str, ServerWeights], PolicyVersion, float], None
 ]
@@ -48,6 +48,7 @@ class Follower:
         on_change: Callable[[PolicyVersion], None],
         on_servers: OnServers,
         on_clash: Callable[[str, Schemas], None],
+        clock: Clock,
     ) -> None:
         self.board = board
         self.servers = Servers(board.client, board.keys)
@@ -60,11 +61,12 @@ class Follower:
         self._on_change = on_change
         self._on_servers = on_servers
         self._on_clash = on_clash
+        self.clock = clock
 
     @property
     def paused(self) -> bool:
         """Whether the trainer asked for nothing new; a pause expires by itself."""
-        return self.policy.paused_until_ms > time.time() * 1000
+        return self.policy.paused_until_ms > self.clock.now_ms()
 
     async def run(self) -> None:
         """Follow until cancelled: a worker that drains has calls on servers, too."""
@@ -80,7 +82,9 @@ class Follower:
                 await asyncio.sleep(AGAIN_S)
 
     async def _read(self) -> None:
-        asked_ms = time.time() * 1000
+        if self.clock.due:
+            await self.clock.measure(self.board.client)
+        asked_ms = self.clock.now_ms()
         found = await self.board.read()
         # After the board: a row may be newer than it, and is not taken for one of a lost history.
         servers, weights = await self.servers.read()

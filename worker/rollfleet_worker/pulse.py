@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.leases import Leases
 from rollfleet_common.logs import get_logger
@@ -54,7 +55,9 @@ class Pulse:
         lost: Callable[[int, str, str], None],
         card: Callable[[], Mapping[str, Any]],
         on_wait: Callable[[Exception, float], None],
+        clock: Clock,
     ) -> None:
+        self.clock = clock
         self.client = client
         self.keys = keys
         self.leases = leases
@@ -122,7 +125,7 @@ class Pulse:
             for route in self.routes:
                 await leases.reap(route, int(GONE_S * 1000))
         cards = await self.client.hgetall(self.keys.workers)
-        long_ago = (time.time() - GONE_S) * 1000
+        long_ago = self.clock.now_ms() - GONE_S * 1000
         if gone := [w for w, card in cards.items() if _seen_ms(card) < long_ago]:
             await self.client.hdel(self.keys.workers, *gone)
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.servers import server_name
 from rollfleet_worker.inference.breaker import Patience
 from rollfleet_worker.inference.detect import EngineKind, make_engine
@@ -23,7 +24,7 @@ __all__ = ["ServerGauges", "build_pool", "card_servers", "faced"]
 SPARE = 8
 
 
-def build_pool(s: WorkerSettings, metrics: Metrics) -> EnginePool:
+def build_pool(s: WorkerSettings, metrics: Metrics, clock: Clock | None = None) -> EnginePool:
     """A pool of the servers in the settings, to which registered ones may come.
 
     Raises:
@@ -52,6 +53,7 @@ def build_pool(s: WorkerSettings, metrics: Metrics) -> EnginePool:
         stall_s=s.stall_s,
         patience=Patience(dead_s=s.dead_s),
         disagreed=metrics.disagreed.inc,
+        clock=clock,
     )
     metrics.registry.register(ServerGauges(pool))
     return pool

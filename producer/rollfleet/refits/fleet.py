@@ -10,7 +10,6 @@
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -105,12 +104,12 @@ class Refits:
 
         async def write() -> None:
             # Of the try that succeeds: Redis may be away for longer than a refit lasts.
-            now = time.time()
-            until = int((now + self.settings.refit_s + GRACE_S) * 1000)
+            now_ms = int(self.line.clock.now_ms())
+            until = now_ms + int((self.settings.refit_s + GRACE_S) * 1000)
             dated = [
                 replace(
                     row,
-                    at_ms=int(now * 1000),
+                    at_ms=now_ms,
                     epoch=self.epoch(),
                     until_ms=until if row.state is WeightState.REFITTING else 0,
                 )

@@ -61,7 +61,7 @@ def stand_of(
         row: What the trainer wrote of it; None if nothing.
         gated: Whether the trainer wrote of any server.
         policy: The board.
-        now_ms: The time, in Unix milliseconds.
+        now_ms: The time, in Unix milliseconds by Redis's clock.
         read_ms: When the row was asked for; None: now. A row that is older than its own time says
             nothing of how that refit ended.
         belied: A row that proved wrong: only another one counts.

@@ -9,11 +9,11 @@
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from rollfleet_common.clock import Clock
 from rollfleet_common.errors import (
     EngineProtocolError,
     EngineRefusedError,
@@ -66,6 +66,7 @@ class EnginePool:
         unusable_limit: How many unusable answers in a row put a server out.
         patience: Of probes, pauses and trials.
         disagreed: Told of every server that was found to hold other weights than it should.
+        clock: What rows of weights are dated by.
         seed: Of the jitter, for tests.
 
     Raises:
@@ -88,9 +89,11 @@ class EnginePool:
         unusable_limit: int = 3,
         patience: Patience | None = None,
         disagreed: Callable[[], None] | None = None,
+        clock: Clock | None = None,
         seed: int | None = None,
     ) -> None:
         patience = patience or Patience()
+        self._clock = clock or Clock()
         names = [engine.name for engine in engines]
         if not (names or make) or len(set(names)) < len(names):
             raise SettingsError(f"a pool needs servers with different names, got {names}")
@@ -151,11 +154,11 @@ class EnginePool:
     ) -> None:
         """Take in the registry, what the trainer wrote of weights, and the board; idempotent.
 
-        `read_ms` says when they were asked for, in Unix milliseconds; None: now.
+        `read_ms` says when they were asked for, in Unix milliseconds by Redis's clock; None: now.
         """
         self._weights = {server_name(url): row for url, row in weights.items()}
         self._policy = policy
-        self._read_ms = time.time() * 1000 if read_ms is None else read_ms
+        self._read_ms = self._clock.now_ms() if read_ms is None else read_ms
         for name, server in servers.items():
             self._register(name, server)
         for name, member in list(self._members.items()):
@@ -206,7 +209,7 @@ class EnginePool:
         if member.recheck is not None:
             member.recheck.cancel()
             member.recheck = None
-        now_ms = time.time() * 1000
+        now_ms = self._clock.now_ms()
         row = self._weights.get(member.name)
         # A server that was just registered waits for its first weights, also if it is the first.
         gated = bool(self._weights) or (self._policy.refits and not member.static)
