@@ -8,6 +8,7 @@
   (id + log-probability) and about a hundred bytes besides.
 """
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -17,19 +18,28 @@ import numpy as np
 import numpy.typing as npt
 
 from rollfleet_common import schemas
-from rollfleet_common.errors import CodecError, InvalidPromptError, OversizeError, SchemaError
+from rollfleet_common.errors import (
+    CodecError,
+    InvalidPromptError,
+    OversizeError,
+    SchemaError,
+    WireError,
+)
+from rollfleet_common.limits import Limits
 from rollfleet_common.messages import Bool, Header, Int32, Kind, Prompt, Sample, VersionSpans
 from rollfleet_common.scan import unpack, unpack_usual
 
 __all__ = [
     "ARRAY_DTYPES",
     "MAX_DIMS",
+    "MAX_FLOAT",
     "decode_header",
     "decode_prompt",
     "decode_samples",
     "encode_header",
     "encode_prompt",
     "encode_samples",
+    "shape_fault",
 ]
 
 _PROMPT_TYPES = (str, int, bytes, dict, str, str, str, int, dict, int)
@@ -43,6 +53,12 @@ ARRAY_DTYPES = frozenset(
 )
 #: Axes that a named extra array may have.
 MAX_DIMS = 8
+#: The largest number that is finite in float32, which batches are made of.
+MAX_FLOAT = float(np.finfo(np.float32).max)
+#: Values that an array without any may have along its axes, were the empty ones of length 1.
+_MAX_EMPTY = 1 << 20
+_INT32_MAX = 2**31 - 1
+_INT64_MAX = 2**63 - 1
 
 _I4 = np.dtype("<i4")
 _F4 = np.dtype("<f4")
@@ -53,6 +69,10 @@ _TWO_RUNS = struct.Struct("<2i").unpack
 _EDGE: Bool = np.zeros(2 * _REACH, np.bool_)
 _EDGE[_REACH:] = True
 _EDGE.flags.writeable = False
+
+
+#: What writing and reading back raise where a value is none of msgpack's.
+_UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError, msgpack.UnpackException)
 
 
 def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
@@ -76,10 +96,13 @@ def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
     }
     try:
         packed = cast(bytes, msgpack.packb([schemas.PROMPT, *fields.values()]))
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        # Some of what msgpack writes it does not read, such as a map whose key is a list.
+        decode_prompt(packed)
+    except (*_UNENCODABLE, WireError) as exc:
         raise InvalidPromptError(
-            f"prompt of group {prompt.group!r}: {_culprit(fields)}: {exc}; prompts carry only what "
-            "msgpack knows: None, bool, int, float, str, bytes, lists and maps of these"
+            f"prompt of group {prompt.group!r}: {_culprit(fields)}{exc}; prompts carry only what "
+            "msgpack reads: None, bool, int, float, str, bytes, lists, and maps whose keys are no "
+            "lists or maps"
         ) from exc
     if len(packed) > max_bytes:
         name, size = max(
@@ -98,11 +121,11 @@ def _culprit(fields: Mapping[str, Any]) -> str:
     for name, value in fields.items():
         for key, part in value.items() if isinstance(value, Mapping) else ((None, value),):
             try:
-                msgpack.packb({key: part})
-            except (TypeError, ValueError, OverflowError, RecursionError):
+                _plain(msgpack.packb({key: part}))
+            except _UNENCODABLE:
                 where = name if key is None else f"{name}[{key!r}]"
-                return f"field {where} ({type(part).__name__}) cannot be encoded"
-    return "it cannot be encoded"
+                return f"field {where} ({type(part).__name__}) cannot be encoded: "
+    return ""
 
 
 def decode_prompt(packed: bytes) -> Prompt:
@@ -113,11 +136,16 @@ def decode_prompt(packed: bytes) -> Prompt:
         CodecError: It is no prompt of ours.
     """
     f = _fields(packed, "prompt", schemas.PROMPT, _PROMPT_TYPES)
+    if fault := _prompt_fault(f):
+        raise CodecError(f"prompt of group {f[0]!r}: {fault}")
+    ids = _array(f[2], _I4, "token_ids")
+    if fault := _ids_fault(ids):
+        raise CodecError(f"prompt of group {f[0]!r}: {fault}")
     try:
         return Prompt(
             group=f[0],
             n=f[1],
-            token_ids=_array(f[2], _I4, "token_ids"),
+            token_ids=ids,
             data=f[3],
             kind=Kind(f[4]),
             route=f[5],
@@ -128,6 +156,28 @@ def decode_prompt(packed: bytes) -> Prompt:
         )
     except ValueError as exc:
         raise CodecError(f"prompt of group {f[0]!r}: {exc}") from exc
+
+
+def _prompt_fault(f: Sequence[Any]) -> str:
+    """What is out of range among the fields of a prompt, or ""."""
+    for name, value, least, most in (
+        ("n", f[1], 1, _INT32_MAX),
+        ("position", f[7], -1, _INT64_MAX),
+        ("deadline_ms", f[9], 0, _INT64_MAX),
+    ):
+        if not least <= value <= most:
+            return f"{name} is {value}, not from {least} to {most}"
+    for name, fields in (("data", f[3]), ("sampling", f[8])):
+        for key in fields:
+            if type(key) is not str:
+                return f"{name} has the key {key!r}, no text"
+    return ""
+
+
+def _ids_fault(ids: Int32) -> str:
+    if len(ids) and ids[ids.argmin()] < 0:
+        return f"token_ids holds {ids.min()}; ids are not negative"
+    return ""
 
 
 def encode_header(header: Header) -> bytes:
@@ -157,9 +207,52 @@ def decode_header(packed: bytes) -> Header:
     f = _fields(packed, "header", schemas.HEADER, _HEADER_TYPES)
     try:
         f[4] = Kind(f[4])
-        return Header(*f)
+        header = Header(*f)
     except ValueError as exc:
         raise CodecError(f"header of group {f[0]!r}: {exc}") from exc
+    if fault := _header_fault(header):
+        raise CodecError(f"header of group {header.group!r} #{header.index}: {fault}")
+    return header
+
+
+def _header_fault(h: Header) -> str:
+    """What is out of range in a header, or "": nothing that no payload could bear out."""
+    if (
+        0 <= h.index < h.n <= _INT32_MAX
+        and 1 <= h.attempt <= _INT32_MAX
+        and -1 <= h.position <= _INT64_MAX
+        and 0 <= h.payload_bytes <= _INT64_MAX
+        and 0 <= h.epoch <= _INT64_MAX
+        and -1 <= h.min_version <= _INT32_MAX
+        and -1 <= h.max_version <= _INT32_MAX
+        and 1 <= h.samples <= h.tokens <= _INT32_MAX
+        and 0 <= h.trained_tokens <= h.tokens
+        and -MAX_FLOAT <= h.reward <= MAX_FLOAT  # NaN is in no range
+        and 0 <= h.queue_ms <= _INT64_MAX
+        and 0 <= h.generate_ms <= _INT64_MAX
+        and 0 <= h.reward_ms <= _INT64_MAX
+    ):
+        return ""
+    for name, least, most in (
+        ("index", 0, h.n - 1),
+        ("n", 1, _INT32_MAX),
+        ("attempt", 1, _INT32_MAX),
+        ("position", -1, _INT64_MAX),
+        ("payload_bytes", 0, _INT64_MAX),
+        ("epoch", 0, _INT64_MAX),
+        ("min_version", -1, _INT32_MAX),
+        ("max_version", -1, _INT32_MAX),
+        ("tokens", 1, _INT32_MAX),
+        ("samples", 1, h.tokens),
+        ("trained_tokens", 0, h.tokens),
+        ("queue_ms", 0, _INT64_MAX),
+        ("generate_ms", 0, _INT64_MAX),
+        ("reward_ms", 0, _INT64_MAX),
+    ):
+        value = getattr(h, name)
+        if not least <= value <= most:
+            return f"{name} is {value}, not from {least} to {most}"
+    return f"reward is {h.reward!r}, no number that float32 holds"
 
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
@@ -221,21 +314,45 @@ def expand_mask(runs: Sequence[int]) -> Bool:
     return mask
 
 
-def decode_samples(packed: bytes) -> tuple[Sample, ...]:
+def decode_samples(packed: bytes, limits: Limits | None = None) -> tuple[Sample, ...]:
     """The inverse of :func:`encode_samples`.
 
     Arrays are read-only, and large ones are views into `packed`, at any alignment: whoever keeps one
     keeps all of it.
 
+    Args:
+        packed: The payload.
+        limits: Caps on what it holds, checked before anything is made of it; None: there are none.
+
     Raises:
         SchemaError: It is of another wire version.
         CodecError: It is no payload of ours.
+        OversizeError: It is over a cap.
     """
     usual = unpack_usual(packed)
     if usual is not None:
+        if limits is not None:
+            _check_limits((usual,), limits)
         return (_unpack_sample(usual, 0),)
     (samples,) = _fields(packed, "payload", schemas.PAYLOAD, (list,), unpack)
+    if limits is not None:
+        _check_limits(samples, limits)
     return tuple(_unpack_sample(sample, i) for i, sample in enumerate(samples))
+
+
+def _check_limits(samples: Sequence[Any], limits: Limits) -> None:
+    """Hold the sizes in a payload that was read, and not decoded, against `limits`."""
+    limits.check(samples=len(samples))
+    spans = 0
+    for raw in samples:
+        try:
+            tokens = len(raw["ids"]) // 4
+            spans += (max(len(raw["vs"]), len(raw["vv"])) + len(raw["mask"])) // 4
+            names = sum(len(raw[part]) for part in ("c", "m", "a") if part in raw)
+        except (KeyError, TypeError):
+            return  # decoding says what is wrong, and comes to nothing large first
+        if tokens > limits.tokens or spans > limits.spans or names > limits.names:
+            limits.check(tokens=tokens, spans=spans, names=names)
 
 
 def _unpack_sample(raw: Any, i: int) -> Sample:
@@ -246,11 +363,11 @@ def _unpack_sample(raw: Any, i: int) -> Sample:
             _mask(raw["mask"], len(ids)),
             _array(raw["lp"], _F4, "lp"),
             VersionSpans(_array(raw["vs"], _I4, "vs"), _array(raw["vv"], _I4, "vv")),
-            float(raw["r"]),
+            _number(raw["r"], "r"),
             _numbers(raw["c"], "c") if "c" in raw else {},
-            {str(k): _unpack_array(v, k) for k, v in raw["a"].items()} if "a" in raw else {},
+            {_text(k, "a"): _unpack_array(v, k) for k, v in raw["a"].items()} if "a" in raw else {},
             _numbers(raw["m"], "m") if "m" in raw else {},
-            str(raw["f"]),
+            _text(raw["f"], "f"),
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CodecError) as exc:
         raise CodecError(f"payload, sample {i}: {type(exc).__name__}: {exc}") from exc
@@ -270,18 +387,45 @@ def _mask(raw: Any, tokens: int) -> Bool:
 
 
 def _numbers(raw: Any, what: str) -> dict[str, float]:
-    if not isinstance(raw, dict):
+    if type(raw) is not dict:
         raise CodecError(f"{what} is a {type(raw).__name__}, not a map of numbers")
-    return {str(k): float(v) for k, v in raw.items()}
+    return {_text(k, what): _number(v, what) for k, v in raw.items()}
+
+
+def _number(raw: Any, what: str) -> float:
+    # Types are exact: float() would take text, too.
+    if type(raw) is float:
+        return raw
+    if type(raw) is not int:
+        raise CodecError(f"{what} holds a {type(raw).__name__}, not a number")
+    return float(raw)
+
+
+def _text(raw: Any, what: str) -> str:
+    if type(raw) is not str:
+        raise CodecError(f"{what} holds a {type(raw).__name__}, not text")
+    return raw
 
 
 def _unpack_array(raw: Any, name: Any) -> npt.NDArray[Any]:
     dtype, shape, data = raw
     if dtype not in ARRAY_DTYPES:
         raise CodecError(f"array {name!r} has dtype {dtype!r}, not one of {sorted(ARRAY_DTYPES)}")
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
+        raise CodecError(f"array {name!r} has shape {shape!r:.80}, not a list of lengths")
+    if fault := shape_fault(shape):
+        raise CodecError(f"array {name!r} {fault}")
+    return _array(data, np.dtype(dtype), f"array {name!r}").reshape(shape)
+
+
+def shape_fault(shape: Sequence[int]) -> str:
+    """What is wrong with the shape of a named array, or ""."""
     if len(shape) > MAX_DIMS:
-        raise CodecError(f"array {name!r} has {len(shape)} dimensions, more than {MAX_DIMS}")
-    return _array(data, np.dtype(dtype), f"array {name!r}").reshape([int(n) for n in shape])
+        return f"has {len(shape)} dimensions, more than {MAX_DIMS}"
+    # Of an array with values, its bytes bound the shape; of one without, nothing else does.
+    if 0 in shape and math.prod(n or 1 for n in shape) > _MAX_EMPTY:
+        return f"has shape {list(shape)}, and no values"
+    return ""
 
 
 def _array(data: Any, dtype: "np.dtype[Any]", what: str) -> npt.NDArray[Any]:

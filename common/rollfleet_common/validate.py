@@ -1,23 +1,24 @@
 """Training samples are checked always, on both ends: before they are sent and before they are used.
 
-- A sample that passes can be collated and trained on: its parts agree, its numbers are finite, and
-  every trained token is known to come from a policy that existed.
+- A sample that passes can be encoded, collated and trained on: its parts agree, its numbers are
+  finite in float32, and every trained token is known to come from a policy that existed.
 - The checks are on the hot path: a good sample costs a few microseconds and four passes over its
   arrays; only a bad one is looked at closely, to say which token is wrong and why.
 - :func:`coerce_sample` is the one door for loose input (lists, other dtypes): it converts only
   what loses nothing, and names the field where it would.
 """
 
-import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rollfleet_common.codec import ARRAY_DTYPES, MAX_DIMS
-from rollfleet_common.errors import InvalidSampleError
+from rollfleet_common.codec import ARRAY_DTYPES, MAX_FLOAT, mask_runs, shape_fault
+from rollfleet_common.errors import InvalidSampleError, OversizeError
+from rollfleet_common.limits import Limits
 from rollfleet_common.messages import Bool, Float32, Int32, Sample, VersionSpans
 
 __all__ = ["AMBIGUOUS_LOGPROB", "LOGPROB_SLACK", "check_samples", "coerce_sample"]
@@ -39,6 +40,7 @@ def check_samples(
     newest: int | None = None,
     where: str,
     need_trained: bool = True,
+    limits: Limits | None = None,
 ) -> None:
     """Refuse the samples of one rollout unless every one of them can be trained on.
 
@@ -47,16 +49,33 @@ def check_samples(
         newest: The newest version that exists; None if that is not known here.
         where: For the message: ``"group 3f2a #4 from worker w1"``.
         need_trained: Refuse samples without a single trained token; False for evaluation.
+        limits: Caps on the rollout; None: there are none.
 
     Raises:
         InvalidSampleError: Which sample, which field, what was wrong, and where.
+        OversizeError: It is over a cap.
     """
     if not samples:
         raise InvalidSampleError(f"{where}: a rollout without samples; an episode makes at least 1")
-    for i, sample in enumerate(samples):
-        wrong = _fault(sample, newest, need_trained)
-        if wrong:
-            raise InvalidSampleError(f"{where}: sample {i} of {len(samples)}: {wrong}")
+    try:
+        if limits is not None:
+            limits.check(samples=len(samples))
+        for i, sample in enumerate(samples):
+            wrong = _fault(sample, newest, need_trained)
+            if wrong:
+                raise InvalidSampleError(f"{where}: sample {i} of {len(samples)}: {wrong}")
+        if limits is not None:
+            _check_limits(samples, limits)
+    except OversizeError as exc:
+        raise OversizeError(f"{where}: {exc}") from None
+
+
+def _check_limits(samples: Sequence[Sample], limits: Limits) -> None:
+    spans = 0
+    for s in samples:
+        spans += len(s.versions.starts) + len(mask_runs(s.loss_mask))
+        names = len(s.components) + len(s.metrics) + len(s.arrays)
+        limits.check(tokens=len(s.token_ids), spans=spans, names=names)
 
 
 def _fault(s: Sample, newest: int | None, need_trained: bool) -> str:
@@ -66,12 +85,14 @@ def _fault(s: Sample, newest: int | None, need_trained: bool) -> str:
         or _tokens_fault(s)
         or _versions_fault(s, newest, need_trained)
         or _numbers_fault(s)
-        or (_arrays_fault(s.arrays) if s.arrays else "")
+        or (_arrays_fault(s.arrays) if s.arrays or type(s.arrays) is not dict else "")
     )
 
 
 def _shape_fault(s: Sample) -> str:
     tokens = 0
+    if not isinstance(s.versions, VersionSpans):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return f"versions is a {type(s.versions).__name__}, not VersionSpans (see coerce_sample)"
     for name, array, dtype in (
         ("token_ids", s.token_ids, _I4),
         ("loss_mask", s.loss_mask, _B1),
@@ -164,38 +185,69 @@ def _span_fault(
 
 def _numbers_fault(s: Sample) -> str:
     if not _finite(s.reward):
-        return f"reward is {s.reward!r}, no finite number"
+        return f"reward is {_said(s.reward)}, no number that is finite in float32"
     for name, values in (("components", s.components), ("metrics", s.metrics)):
+        if type(values) is not dict and not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return f"{name} is a {type(values).__name__}, not a mapping"
         for key, value in values.items():
-            if type(key) is not str:
-                return f"{name} has the key {key!r}, no string"
+            if not _travels(key):
+                return f"{name} has the key {_said(key)}, no text that travels"
             if not _finite(value):
-                return f"{name}[{key!r}] is {value!r}, no finite number"
+                return f"{name}[{key!r}] is {_said(value)}, no number that is finite in float32"
+    if not _travels(s.finish_reason):
+        return f"finish_reason is {_said(s.finish_reason)}, no text that travels"
     return ""
 
 
 def _finite(value: Any) -> bool:
-    if type(value) is float:
-        return math.isfinite(value)
-    try:
-        return isinstance(value, int | float | np.integer | np.floating) and math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
+    """Whether it is a number, and stays finite in the dtype that is trained on."""
+    # Types are exact: what a subclass says of itself may differ from what is sent of it.
+    if type(value) is float or type(value) is int or type(value) is bool:
+        return -MAX_FLOAT <= value <= MAX_FLOAT
+    return isinstance(value, np.integer | np.floating) and bool(-MAX_FLOAT <= value <= MAX_FLOAT)
+
+
+def _travels(text: Any) -> bool:
+    """Whether it is text, and can be written as UTF-8."""
+    if type(text) is not str:
         return False
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _said(value: Any) -> str:
+    """A value of the user's in a few words; its own `repr` may raise, or have no end."""
+    if value is None:
+        return "None"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}{list(value.shape)}"
+    if type(value) in (str, int, float, bool) or type(value).__module__ == "numpy":
+        with suppress(ValueError):  # an integer of too many digits
+            return f"{value!r:.80}"
+    return f"a {type(value).__name__}"
 
 
 def _arrays_fault(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    if type(arrays) is not dict and not isinstance(arrays, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return f"arrays is a {type(arrays).__name__}, not a mapping"
     for key, array in arrays.items():
-        if type(key) is not str:
-            return f"arrays has the key {key!r}, no string"
-        if not isinstance(array, np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not _travels(key):
+            return f"arrays has the key {_said(key)}, no text that travels"
+        # A masked array or a matrix is more, or behaves otherwise, than what is sent of it.
+        if type(array) is not np.ndarray:
             return f"arrays[{key!r}] is a {type(array).__name__}, not a numpy array"
         if array.dtype.newbyteorder("<").str not in ARRAY_DTYPES:
             return (
                 f"arrays[{key!r}] has dtype {array.dtype}, which does not travel; "
                 f"use one of {', '.join(sorted(ARRAY_DTYPES))}"
             )
-        if array.ndim > MAX_DIMS:
-            return f"arrays[{key!r}] has {array.ndim} dimensions, more than {MAX_DIMS}"
+        if fault := shape_fault(array.shape):
+            return f"arrays[{key!r}] {fault}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from enum import Enum, IntEnum
 from typing import Any
 
 import numpy as np
@@ -84,11 +85,27 @@ BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     "constant nobody": ({"versions": VersionSpans.constant(-1)}, "no policy made it"),
     "future": ({"versions": spans([0, 3], [3, 10])}, "a rollout from the future"),
     "NaN reward": ({"reward": float("nan")}, "reward is nan"),
+    "reward beyond float32": ({"reward": 1e39}, "reward is 1e+39, no number that is finite in"),
+    "metric beyond float32": ({"metrics": {"x": -1e300}}, "metrics['x'] is -1e+300"),
+    "component beyond float32": ({"components": {"x": np.float64(1e300)}}, "components['x'] is"),
+    "int beyond float32": ({"components": {"x": 2**128}}, "components['x'] is 3402823669209384634"),
+    "integer subclass": ({"reward": IntEnum("E", "A").A}, "reward is a E, no number"),
+    "components in a list": ({"components": [("a", 1.0)]}, "components is a list, not a mapping"),
+    "metrics of nothing": ({"metrics": None}, "metrics is a NoneType, not a mapping"),
+    "arrays in a list": ({"arrays": []}, "arrays is a list, not a mapping"),
+    "surrogate": ({"components": {"\ud800": 1.0}}, "components has the key '\\ud800', no text"),
+    "surrogate in arrays": ({"arrays": {"\udfff": np.zeros(1)}}, "arrays has the key '\\udfff'"),
+    "enum": ({"finish_reason": Enum("E", "A").A}, "finish_reason is a E, no text that travels"),
+    "no finish_reason": ({"finish_reason": None}, "finish_reason is None"),
+    "broken finish_reason": ({"finish_reason": "\ud800"}, "finish_reason is '\\ud800'"),
+    "no versions": ({"versions": None}, "versions is a NoneType, not VersionSpans"),
+    "masked array": ({"arrays": {"x": np.ma.zeros(4)}}, "arrays['x'] is a MaskedArray"),
+    "nothing, endless": ({"arrays": {"x": np.zeros((4, 0, 2**30))}}, "and no values"),
     "no reward": ({"reward": None}, "reward is None"),
-    "huge int": ({"reward": 10**400}, "no finite number"),
+    "huge int": ({"reward": 10**400}, "reward is 1000000"),
     "inf component": ({"components": {"fmt": float("inf")}}, "components['fmt'] is inf"),
     "text metric": ({"metrics": {"len": "4"}}, "metrics['len'] is '4'"),
-    "metric key": ({"metrics": {3: 1.0}}, "metrics has the key 3"),
+    "metric key": ({"metrics": {3: 1.0}}, "metrics has the key 3, no text"),
     "array of objects": ({"arrays": {"x": np.array([None])}}, "arrays['x'] has dtype object"),
     "complex array": ({"arrays": {"x": np.zeros(1, np.complex64)}}, "does not travel"),
     "array in a list": ({"arrays": {"x": [1]}}, "arrays['x'] is a list"),
