@@ -316,6 +316,7 @@ class Worker:
             max_rollout_bytes=s.max_rollout_bytes,
             metrics=self.metrics,
             clock=self.clock,
+            limits=s.limits,
         )
         try:
             if s.health_port is not None:

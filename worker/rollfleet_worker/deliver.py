@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from redis.exceptions import RedisError
+
+from rollfleet_common.errors import FailureKind, RollfleetError
 from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
@@ -76,6 +79,13 @@ class Outbox:
         self._some.set()
         try:
             state = await waiting.done
+        except (RedisError, RollfleetError):
+            raise
+        except Exception as exc:
+            log.exception("a rollout cannot be sent", group=outcome.header.group)
+            detail = f"its rollout cannot be sent: {type(exc).__name__}: {exc}"
+            await self._fail(claim, Failure(FailureKind.DATA, detail, self.leases.worker))
+            return
         finally:
             self.bytes -= len(outcome.payload)
         self._account(outcome, state)
@@ -121,6 +131,10 @@ class Outbox:
                 on_wait=self._on_wait,
             )
         except Exception as exc:  # noqa: BLE001 - each waiting episode is told, none is forgotten
+            if len(items) > 1 and not isinstance(exc, RedisError | RollfleetError):
+                for item in items:  # one of them cannot be sent: the others are
+                    await self._send([item])
+                return
             for item in items:
                 if not item.done.done():
                     item.done.set_exception(exc)

@@ -1,6 +1,7 @@
 """One episode: workflow, validation, header; any failure becomes a record, never an exception.
 
-- The boundary stands here: whatever user code raises leaves as a typed Failure.
+- The boundary stands here: whatever user code raises, and whatever its samples break when they are
+  checked and encoded, leaves as a typed Failure.
 - An infrastructure failure is never turned into a sample with reward zero.
 - Cancellation passes through: a cancelled episode has no outcome.
 """
@@ -14,17 +15,24 @@ from typing import Any
 import numpy as np
 
 from rollfleet_common.clock import Clock
-from rollfleet_common.codec import encode_samples
+from rollfleet_common.codec import decode_header, encode_header, encode_samples
 from rollfleet_common.errors import (
     DataError,
     EpisodeError,
     FailureKind,
-    InvalidSampleError,
     OversizeError,
     boundary,
 )
 from rollfleet_common.leases import Failure
-from rollfleet_common.messages import Claim, Header, Kind, PolicyVersion, Sample
+from rollfleet_common.limits import Limits
+from rollfleet_common.messages import (
+    Claim,
+    Header,
+    Kind,
+    PolicyVersion,
+    Sample,
+    VersionSpans,
+)
 from rollfleet_common.streams import Delivery
 from rollfleet_common.validate import check_samples
 from rollfleet_worker.inference.engine import Completes, Sampling, TextEngine
@@ -52,6 +60,7 @@ class Episodes:
         max_rollout_bytes: int,
         metrics: Metrics,
         clock: Clock | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.clock = clock or Clock()
         self.worker = worker
@@ -63,6 +72,7 @@ class Episodes:
         self.timeout_s = timeout_s
         self.max_rollout_bytes = max_rollout_bytes
         self.metrics = metrics
+        self.limits = limits or Limits()
 
     async def run(
         self, claim: Claim, policy: PolicyVersion, progress: Progress | None = None
@@ -81,14 +91,16 @@ class Episodes:
         where = f"group {claim.prompt.group} #{claim.index} on {self.worker}"
         try:
             samples = await self._samples(claim, context, where)
-            payload = self._encode(samples, where)
-        except EpisodeError as exc:
-            return Failure(exc.kind, f"{type(exc).__name__}: {exc}", self.worker)
-        except (InvalidSampleError, OversizeError) as exc:
-            return Failure(FailureKind.DATA, f"{type(exc).__name__}: {exc}", self.worker)
-        header = self._header(claim, context, policy, samples, payload, queue_ms)
-        self.metrics.episode_s.observe(time.monotonic() - began)
-        self.metrics.reward_s.observe(context.reward_s)
+            with boundary(DataError, f"the samples of {where}"):
+                payload = self._encode(samples, where)
+                header = self._header(claim, context, policy, samples, payload, queue_ms)
+                # The context is the workflow's to write to: the trainer must be able to read it.
+                decode_header(encode_header(header))
+            self.metrics.episode_s.observe(time.monotonic() - began)
+            self.metrics.reward_s.observe(float(context.reward_s))
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the lease must end with a reason
+            kind = exc.kind if isinstance(exc, EpisodeError) else FailureKind.DATA
+            return Failure(kind, _told(exc), self.worker)
         return Delivery(header, payload)
 
     def _encode(self, samples: Sequence[Sample], where: str) -> bytes:
@@ -105,12 +117,18 @@ class Episodes:
         with boundary(DataError, f"workflow {type(workflow).__name__}, {where}"):
             async with asyncio.timeout(self.timeout_s):
                 made: Any = await _contained(workflow.run(claim.prompt, context))
-            samples = [made] if isinstance(made, Sample) else made
-            if not isinstance(samples, Sequence) or not all(isinstance(s, Sample) for s in samples):
-                raise TypeError(
-                    f"it returned {_describe(made)}; `run` must return a Sample or a list of them"
-                )
-            check_samples(samples, where=where, need_trained=claim.prompt.kind is Kind.TRAIN)
+            if not isinstance(made, Sample | Sequence) or isinstance(made, str | bytes):
+                raise TypeError(_unwanted(made))
+            given = [made] if isinstance(made, Sample) else list(made)
+            if not all(isinstance(sample, Sample) for sample in given):
+                raise TypeError(_unwanted(given))
+            samples = [_own(sample) for sample in given]
+            check_samples(
+                samples,
+                where=where,
+                need_trained=claim.prompt.kind is Kind.TRAIN,
+                limits=self.limits,
+            )
         return samples
 
     def _header(
@@ -145,7 +163,7 @@ class Episodes:
             samples=len(samples),
             tokens=sum(len(s.token_ids) for s in samples),
             trained_tokens=sum(trained),
-            reward=samples[0].reward,
+            reward=float(samples[0].reward),
             worker=self.worker,
             server=context.server,
             queue_ms=queue_ms,
@@ -166,9 +184,44 @@ async def _contained(episode: Awaitable[Any]) -> Any:
         if task is None or task.cancelling() > before:
             raise
         raise RuntimeError("it raised a CancelledError of its own") from exc
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException as exc:
+        # A worker is stopped by signals, which its loop handles: this is the workflow's own.
+        raise RuntimeError(f"it raised {_told(exc)}") from exc
 
 
-def _describe(made: object) -> str:
+def _own(s: Sample) -> Sample:
+    """A sample of plain parts, read once: one of a subclass may answer otherwise the next time."""
+    v: Any = s.versions
+    maps: list[Any] = [s.components, s.arrays, s.metrics]
+    components, arrays, metrics = (dict(m) if isinstance(m, Mapping) else m for m in maps)
+    return Sample(
+        token_ids=s.token_ids,
+        loss_mask=s.loss_mask,
+        logprobs=s.logprobs,
+        versions=VersionSpans(v.starts, v.versions) if isinstance(v, VersionSpans) else v,
+        reward=s.reward,
+        components=components,
+        arrays=arrays,
+        metrics=metrics,
+        finish_reason=s.finish_reason,
+    )
+
+
+def _told(exc: BaseException) -> str:
+    """An exception in one line that can be written as UTF-8; its own text may raise, too."""
+    name = type(exc).__name__
+    try:
+        said = f"{name}: {exc}"
+    except Exception:  # noqa: BLE001 - user code
+        said = f"{name} (whose message cannot be shown)"
+    return said.encode("utf-8", "backslashreplace").decode()
+
+
+def _unwanted(made: object) -> str:
     if isinstance(made, Sequence) and not isinstance(made, str | bytes):
-        return f"a {type(made).__name__} of {sorted({type(part).__name__ for part in made})}"
-    return "None" if made is None else f"a {type(made).__name__}"
+        what = f"a {type(made).__name__} of {sorted({type(part).__name__ for part in made})}"
+    else:
+        what = "None" if made is None else f"a {type(made).__name__}"
+    return f"it returned {what}; `run` must return a Sample or a list of them"

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import check_name
+from rollfleet_common.limits import Limits
 from rollfleet_common.servers import server_name, server_url
 from rollfleet_common.settings import Name, Settings
 from rollfleet_common.units import Bytes, Listed, Seconds
@@ -208,6 +209,24 @@ class WorkerSettings(Settings):
     max_rollout_bytes: Bytes = Field(
         16 * 2**20, ge=1024, description="Largest rollout that is delivered."
     )
+    max_rollout_samples: int = Field(
+        4096, ge=1, description="Sequences of one rollout that are delivered at most."
+    )
+    max_sample_tokens: int = Field(
+        1 << 20, ge=1, description="Tokens of the longest sequence that is delivered."
+    )
+    max_rollout_spans: int = Field(
+        1 << 16,
+        ge=1,
+        description="Version spans and runs of the loss mask, over all sequences of a rollout, that "
+        "are delivered at most.",
+    )
+    max_names: int = Field(
+        1024,
+        ge=0,
+        description="Names of components, metrics and arrays in one sequence that are delivered at "
+        "most.",
+    )
     buffer_bytes: Bytes = Field(
         256 * 2**20,
         ge=1024,
@@ -235,6 +254,16 @@ class WorkerSettings(Settings):
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="Lines for people or for machines; auto asks whether it is a terminal."
     )
+
+    @property
+    def limits(self) -> Limits:
+        """Caps on one rollout."""
+        return Limits(
+            samples=self.max_rollout_samples,
+            tokens=self.max_sample_tokens,
+            spans=self.max_rollout_spans,
+            names=self.max_names,
+        )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
