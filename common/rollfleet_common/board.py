@@ -172,6 +172,11 @@ class Board:
         raw = await self.client.hget(self.keys.board, "rollbacks") or b""
         return [(int(e), int(v)) for e, _, v in (p.partition(":") for p in raw.decode().split())]
 
+    async def form(self) -> str:
+        """The form of the run's named arrays, as its trainer wrote it; "" if none did."""
+        raw: bytes | None = await self.client.hget(self.keys.board, "form")
+        return (raw or b"").decode("utf-8", "replace")
+
     async def wait(self, reader: Any, last: str, block_ms: int) -> str:
         """Wait for news after entry `last` ("$": from now on); returns the last entry seen."""
         reply = await reader.xread({self.keys.news: last}, block=block_ms)

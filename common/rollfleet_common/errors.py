@@ -5,7 +5,7 @@
     ├── WireError
     │   ├── CodecError                      bytes that are no message of ours
     │   ├── SchemaError                     a message of a schema version we do not speak
-    │   └── OversizeError                   a message over the size cap, named by field
+    │   └── OversizeError                   a message or a batch over a cap on its size
     ├── InvalidPromptError (ValueError)     a prompt that cannot travel, refused at submit
     ├── InvalidSampleError (ValueError)     a training sample whose parts disagree
     ├── RunnerError
@@ -110,7 +110,7 @@ class SchemaError(WireError):
 
 
 class OversizeError(WireError):
-    """A message over the size cap."""
+    """A message, or a batch of tensors, over a cap on its size."""
 
 
 class InvalidPromptError(RollfleetError, ValueError):

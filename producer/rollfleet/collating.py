@@ -20,9 +20,11 @@ from rollfleet.layout import Layout, Packed, Padded, write_extras, write_version
 from rollfleet.packed import PackedBatch
 from rollfleet.rows import Extras, Rows
 from rollfleet.tensors import GroupStats, TensorBatch, group_stats
+from rollfleet_common.errors import OversizeError
 from rollfleet_common.messages import Header, Rollout
 
 __all__ = [
+    "MAX_BYTES",
     "GroupStats",
     "PackedBatch",
     "TensorBatch",
@@ -62,6 +64,9 @@ _ROWS: dict[str, "np.dtype[Any]"] = {
     "oldest": _I8,
 }
 
+#: Memory that one batch may take unless told otherwise.
+MAX_BYTES = 32 << 30
+
 _Array = npt.NDArray[Any]
 _Rollouts = Sequence[Rollout] | Sequence[tuple[Header, bytes]]
 
@@ -77,6 +82,7 @@ def collate(
     ids_dtype: torch.dtype = torch.int64,
     pin: bool = False,
     missing: Literal["error", "fill"] = "error",
+    max_bytes: int = MAX_BYTES,
 ) -> TensorBatch: ...
 @overload
 def collate(
@@ -89,6 +95,7 @@ def collate(
     ids_dtype: torch.dtype = torch.int64,
     pin: bool = False,
     missing: Literal["error", "fill"] = "error",
+    max_bytes: int = MAX_BYTES,
 ) -> PackedBatch: ...
 def collate(
     rollouts: _Rollouts,
@@ -100,6 +107,7 @@ def collate(
     ids_dtype: torch.dtype = torch.int64,
     pin: bool = False,
     missing: Literal["error", "fill"] = "error",
+    max_bytes: int = MAX_BYTES,
 ) -> TensorBatch | PackedBatch:
     """Rollouts as one batch, rows in the order of rollouts and of their samples.
 
@@ -117,8 +125,10 @@ def collate(
         pin: In page-locked memory, for asynchronous copies; pageable without a CUDA device.
         missing: What to do when some rows have a named component, metric or array and others do
             not: refuse, or fill.
+        max_bytes: Largest memory of all tensors together.
 
     Raises:
+        OversizeError: The tensors would be over `max_bytes`.
         ValueError: No rollouts, one without samples, a key missing in a row, or a setting that
             cannot be.
         CodecError, SchemaError: Bytes that are no payload of ours.
@@ -133,6 +143,7 @@ def collate(
         "pad_id": pad_id,
         "ids_dtype": ids_dtype,
         "pin": pin,
+        "max_bytes": max_bytes,
     }
     return collate_rows(rows, Extras(rows, missing), form, **options)
 
@@ -165,6 +176,7 @@ def collate_rows(
     pad_id: int = 0,
     ids_dtype: torch.dtype = torch.int64,
     pin: bool = False,
+    max_bytes: int = MAX_BYTES,
 ) -> TensorBatch | PackedBatch:
     """:func:`collate` of rows, and of what `extras` has of each of them."""
     packed = form == "packed"
@@ -183,6 +195,7 @@ def collate_rows(
     for key, (dtype, further) in extras.forms.items():
         whole = count if key in extras.numbers else layout.shape
         wanted[key] = Field(dtype, (*whole, *further))
+    _check_size(sum(field.nbytes for field in wanted.values()), rows, layout, max_bytes)
     made = allocate(wanted, pin=pin)
     flat = {key: tensor.numpy() for key, tensor in made.items()}
     _write_tokens(rows, layout, {name: flat["", name].reshape(-1) for name in fields}, pad_id)
@@ -205,6 +218,30 @@ def collate_rows(
         return TensorBatch(**core)
     tail = layout.shape[0] - sum(rows.lengths)
     return PackedBatch(**core, max_seqlen=max(*rows.lengths, tail), tail=tail)
+
+
+def _check_size(nbytes: int, rows: Rows, layout: Layout, max_bytes: int) -> None:
+    """Refuse what would take too much memory, before any of it is asked for.
+
+    Raises:
+        OversizeError: It would.
+    """
+    if nbytes <= max_bytes:
+        return
+    if len(layout.shape) > 1:
+        longest = max(range(len(rows.lengths)), key=rows.lengths.__getitem__)
+        what = (
+            f"a padded batch of {layout.shape[0]:,} rows of {layout.shape[1]:,} tokens, the length "
+            f"of {rows.name(longest)}, of which {sum(rows.lengths):,} tokens are no padding,"
+        )
+        remedy = 'collate it with form="packed", take batch.micro_batches(budget_tokens)'
+    else:
+        what = f"a packed batch of {layout.shape[0]:,} tokens"
+        remedy = "take batch.micro_batches(budget_tokens)"
+    raise OversizeError(
+        f"{what} would take {nbytes:,} bytes, over the cap of {max_bytes:,} (max_batch_bytes): "
+        f"{remedy}, or raise the cap"
+    )
 
 
 def _write_tokens(rows: Rows, layout: Layout, out: dict[str, _Array], pad_id: int) -> None:

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -118,7 +119,7 @@ def write_extras(
     for name, arrays in tokens.items():
         flat = out["arrays", name]
         further = flat.shape[len(layout.shape) :]
-        flat = flat.reshape(-1, *further)
+        flat = flat.reshape(prod(layout.shape), *further)
         rows = [
             np.zeros((length, *further), flat.dtype) if array is None else array
             for array, length in zip(arrays, lengths, strict=True)

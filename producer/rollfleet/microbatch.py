@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from rollfleet.balance import Cost
-from rollfleet.collating import PackedBatch, TensorBatch, check_options, collate_rows
+from rollfleet.collating import (
+    MAX_BYTES,
+    PackedBatch,
+    TensorBatch,
+    check_options,
+    collate_rows,
+)
 from rollfleet.micro import Form, Over, StepTotals, plan_micro
 from rollfleet.rows import Extras, Rows
 from rollfleet_common.messages import Header, Rollout
@@ -225,6 +231,7 @@ def micro_batches(
     ids_dtype: torch.dtype = torch.int64,
     pin: bool = False,
     missing: Literal["error", "fill"] = "error",
+    max_bytes: int = MAX_BYTES,
     device: torch.device | str | None = None,
 ) -> MicroBatches:
     """One rank's rollouts as micro-batches that a forward pass has room for.
@@ -245,6 +252,7 @@ def micro_batches(
         ids_dtype: torch.int64 or torch.int32.
         pin: In page-locked memory.
         missing: What to do about a named field that some rows do not have.
+        max_bytes: Largest memory of the tensors of one micro-batch.
         device: Where each is copied when it is asked for; None leaves it on the host, "auto" means
             CUDA if there is any.
 
@@ -278,6 +286,7 @@ def micro_batches(
         "pad_id": pad_id,
         "ids_dtype": ids_dtype,
         "pin": pin,
+        "max_bytes": max_bytes,
         "device": device,
     }
     return MicroBatches(rows, Extras(rows, missing), parts, form, options)
@@ -299,7 +308,8 @@ def micro_batches_of(
             () is a filler. Every position comes once.
         form: Of their tensors.
         missing: As in :func:`rollfleet.collate`.
-        options: `pad_side`, `pad_multiple`, `pad_id`, `ids_dtype`, `pin` and `device`, as in
+        options: `pad_side`, `pad_multiple`, `pad_id`, `ids_dtype`, `pin`, `max_bytes` and `device`,
+            as in
             :func:`micro_batches`.
 
     Raises:

@@ -9,6 +9,7 @@ from rollfleet.bias import BiasMeter
 from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import Consumer
+from rollfleet.forms import Forms
 from rollfleet.gather import Gather
 from rollfleet.guarded import Guarded
 from rollfleet.payloads import Accept, Payloads
@@ -79,6 +80,7 @@ class Parts:
         last = int(needs.state.get("batch", 0))
         await recover(tenure.board, tenure.token, tenure.streams, last, needs.owed)
         history = History(await tenure.board.rollbacks())
+        tenure.form = await tenure.board.form()
         number = max(await tenure.board.last_batch(), last)
         parts = cls()
         parts._wire(needs, history, _feed_from(needs.state, max(cursors)), number)
@@ -121,6 +123,9 @@ class Parts:
             needs.policy,
             history,
             needs.thread,
+            s.limits,
+            Forms(needs.collate.get("missing") == "error", tenure.form),
+            tenure.fix,
         )
         self.commits = Commits(
             board=tenure.board,
@@ -130,7 +135,7 @@ class Parts:
             pacer=needs.pacer,
             line=line,
             number=number,
-            collate=needs.collate,
+            collate={"max_bytes": s.max_batch_bytes, **needs.collate},
         )
         self.submitter = Submitter(
             token=tenure.token,

@@ -1,7 +1,7 @@
 """Payloads of the groups that are about to be trained on: fetched, decoded, validated.
 
-- What cannot be used drops its group with a reason (``lost``, ``corrupt``, ``rejected``, or what
-  the policy says), and the ledger gets its credit back: never a hang, never a hole in a batch.
+- What cannot be used drops its group with a reason (``lost``, ``corrupt``, ``oversize``,
+  ``form``, ``rejected``, or what the policy says), and the ledger gets its credit back: never a hang, never a hole in a batch.
 - What was loaded is kept until its group is handed over or let go of, so that a batch that is cut
   again loads only what it lacks. Payload bytes are let go of as they are decoded.
 - The event loop is never held up by a batch: large pieces are decoded in a thread.
@@ -13,12 +13,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from operator import is_
 
+import numpy as np
+
+from rollfleet.forms import Forms
 from rollfleet.groups import Group
 from rollfleet.guarded import Guarded
 from rollfleet.line import Line
 from rollfleet.rollback import History
 from rollfleet_common.codec import decode_samples
-from rollfleet_common.errors import InvalidSampleError, WireError
+from rollfleet_common.errors import InvalidSampleError, OversizeError, WireError
+from rollfleet_common.limits import Limits
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Header, Kind, Rollout, Sample
 from rollfleet_common.streams import Streams
@@ -41,7 +45,9 @@ class Payloads:
     """Loads groups for one trainer, and keeps what it loaded until it is handed over.
 
     `drop(groups, reason)` is told of those that are no use; `life()` counts how often Redis lost
-    the run; what is large is decoded in `thread`.
+    the run; what is large is decoded in `thread`; `limits` are caps on one rollout. What
+    is loaded has one of the `forms`; `fix(text)` keeps them, when they grew, before anything that
+    they were learned from is handed over.
     """
 
     def __init__(
@@ -54,6 +60,9 @@ class Payloads:
         policy: Guarded,
         history: History,
         thread: Executor,
+        limits: Limits,
+        forms: Forms,
+        fix: Callable[[str], Awaitable[None]],
     ) -> None:
         self.streams = streams
         self.accept = accept
@@ -63,6 +72,11 @@ class Payloads:
         self.policy = policy
         self.history = history
         self.thread = thread
+        self.limits = limits
+        self.forms = forms
+        self.fix = fix
+        #: Revision of the forms that was fixed last.
+        self._fixed = forms.revision
         self._kept: dict[str, _Kept] = {}
 
     async def read(self, groups: Sequence[Group]) -> dict[str, list[Rollout]]:
@@ -87,15 +101,20 @@ class Payloads:
             if self.life() != life:
                 return {}
         loaded: dict[str, list[Rollout]] = {}
+        names: set[tuple[str, str]] = set()
         for group in groups:
             if not self.holds(group):
                 continue  # dropped
             kept = self._kept[group.name]
-            if reason := self._refine(kept, version):
+            if reason := self._refine(kept, version) or self._fit(kept, names):
                 del self._kept[group.name]
                 await self.drop([group], reason)
             else:
                 loaded[group.name] = kept.refined
+        if self.forms.revision != self._fixed:
+            revision = self.forms.revision
+            await self.fix(self.forms.dumps())
+            self._fixed = revision
         return loaded if self.life() == life else {}
 
     async def hold(self, groups: Sequence[Group]) -> None:
@@ -178,13 +197,20 @@ class Payloads:
                 log.error("payload missing", group=group.name, index=index, payload=header.payload)
                 return [], "lost"
             try:
-                samples = decode_samples(packed)
+                samples = decode_samples(packed, self.limits)
                 where = f"group {group.name} #{index} from {header.worker}"
                 check_samples(samples, where=where, need_trained=header.kind is Kind.TRAIN)
-                _check_header(header, samples, where)
+                _check_header(header, samples, len(packed), where)
             except (WireError, InvalidSampleError) as exc:
-                log.warning("payload refused", group=group.name, index=index, error=str(exc))
-                return [], "corrupt"
+                reason = "oversize" if isinstance(exc, OversizeError) else "corrupt"
+                log.warning(
+                    "payload refused",
+                    group=group.name,
+                    index=index,
+                    reason=reason,
+                    error=str(exc),
+                )
+                return [], reason
             rollouts.append(Rollout(header, samples))
         return rollouts, ""
 
@@ -207,7 +233,31 @@ class Payloads:
         asked = kept.at is not None and all(map(is_, refined, kept.refined))
         if not asked and self.accept is not None and not self.accept(refined):
             return "rejected"
-        kept.refined, kept.at = list(refined), version
+        kept.refined, kept.at, kept.fitted = list(refined), version, -1
+        return ""
+
+    def _fit(self, kept: "_Kept", names: set[tuple[str, str]]) -> str:
+        """Why `kept` cannot be in a batch with rows that have `names`, which it adds its own to."""
+        if kept.fitted != self.forms.revision:
+            why, kept.names = self.forms.fit(kept.refined)
+            if why:
+                log.warning(
+                    "group has another form than the run's first",
+                    group=kept.group.name,
+                    why=why,
+                    remedy="make workflows agree; what a run expects is forgotten with fresh=True",
+                )
+                return "form"
+            kept.fitted = self.forms.revision
+        if len(names | kept.names) > self.limits.names:
+            log.warning(
+                "group brings too many names",
+                group=kept.group.name,
+                names=len(names | kept.names),
+                cap=f"{self.limits.names} in one batch (max_names)",
+            )
+            return "form"
+        names |= kept.names
         return ""
 
 
@@ -221,6 +271,9 @@ class _Kept:
     #: As they are to be trained on at version `at`.
     refined: list[Rollout] = field(default_factory=list)
     at: int | None = None
+    #: Revision of the forms that it was held against; and the names that its rows have.
+    fitted: int = -1
+    names: frozenset[tuple[str, str]] = frozenset()
 
 
 def _pieces(groups: Sequence[Group]) -> Iterator[list[Group]]:
@@ -247,16 +300,30 @@ def _bytes(group: Group) -> int:
     return sum(member.header.payload_bytes for member in group.members.values())
 
 
-def _check_header(header: Header, samples: Sequence[Sample], where: str) -> None:
+def _check_header(header: Header, samples: Sequence[Sample], nbytes: int, where: str) -> None:
     """The group was judged by its headers, so these must say what the payload says.
+
+    Asked of headers as they came: what a policy or a rollback makes of them is the trainer's own.
 
     Raises:
         InvalidSampleError: They do not.
     """
-    oldest = min((s.versions.oldest(s.loss_mask) for s in samples), default=header.min_version)
+    h = header
+    for name, said, found in (
+        ("samples", h.samples, len(samples)),
+        ("tokens", h.tokens, sum(len(s.token_ids) for s in samples)),
+        ("trained tokens", h.trained_tokens, sum(np.count_nonzero(s.loss_mask) for s in samples)),
+        ("reward", h.reward, samples[0].reward),
+        ("bytes", h.payload_bytes, nbytes),
+    ):
+        if said != found:
+            raise InvalidSampleError(f"{where}: its header says {name} {said}, its payload {found}")
+    if h.kind is not Kind.TRAIN:
+        return  # an evaluation may train on nothing, and then has no version of its own
+    oldest = min(s.versions.oldest(s.loss_mask) for s in samples)
     newest = max(s.versions.newest() for s in samples)
-    if header.kind is Kind.TRAIN and (oldest, newest) != (header.min_version, header.max_version):
+    if (oldest, newest) != (h.min_version, h.max_version):
         raise InvalidSampleError(
-            f"{where}: its header says versions {header.min_version} to {header.max_version}, its "
+            f"{where}: its header says versions {h.min_version} to {h.max_version}, its "
             f"payload {oldest} to {newest}"
         )

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from rollfleet_common.limits import Limits
 from rollfleet_common.servers import server_name, server_url
 from rollfleet_common.settings import Settings
 from rollfleet_common.staleness import check_shape
@@ -69,6 +70,33 @@ class TrainerSettings(Settings):
         1, ge=1, le=1024, description="Hash tags that the run is spread over, for a Redis Cluster."
     )
     max_prompt_bytes: Bytes = Field(1 << 20, ge=256, description="Largest encoded prompt.")
+    max_rollout_samples: int = Field(
+        4096,
+        ge=1,
+        description="Sequences of the largest rollout that is trained on; the group of one that has "
+        "more is dropped as oversize, as for the next three.",
+    )
+    max_sample_tokens: int = Field(
+        1 << 20, ge=1, description="Tokens of the longest sequence that is trained on."
+    )
+    max_rollout_spans: int = Field(
+        1 << 16,
+        ge=1,
+        description="Version spans and runs of the loss mask, over all sequences of a rollout, that "
+        "are trained on at most.",
+    )
+    max_names: int = Field(
+        1024,
+        ge=0,
+        description="Names of components, metrics and arrays, in one sequence and over one batch, "
+        "that are trained on at most.",
+    )
+    max_batch_bytes: Bytes = Field(
+        32 << 30,
+        ge=1024,
+        description="Largest memory that one batch or micro-batch of tensors may take with its "
+        "padding, before asking for it is refused.",
+    )
     reserve_bytes: Bytes = Field(
         1 << 20, ge=1, description="Memory to reserve in Redis for one rollout, if it has a limit."
     )
@@ -132,6 +160,16 @@ class TrainerSettings(Settings):
     def depth(self) -> int:
         """`pipeline_depth`, or what it is when not given."""
         return self.max_staleness if self.pipeline_depth is None else self.pipeline_depth
+
+    @property
+    def limits(self) -> Limits:
+        """Caps on one rollout."""
+        return Limits(
+            samples=self.max_rollout_samples,
+            tokens=self.max_sample_tokens,
+            spans=self.max_rollout_spans,
+            names=self.max_names,
+        )
 
     @property
     def launched(self) -> int:

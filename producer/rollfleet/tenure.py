@@ -47,6 +47,8 @@ class Tenure:
         self.version = NO_VERSION
         #: Where the weights of `version` are, as it was published.
         self.weights = ""
+        #: The form of the run's named arrays; see :mod:`rollfleet.forms`.
+        self.form = ""
 
     async def take(self, version: int) -> None:
         """Take the run in a new epoch, at `version` (NO_VERSION: wherever it is).
@@ -131,6 +133,7 @@ class Tenure:
             published_ms=int(self.line.clock.now_ms()),
             min_useful=useful,
             refits=int(self.refits()),
+            **({"form": self.form} if self.form else {}),
         )
         for streams in self.streams:
             await self.line(
@@ -145,6 +148,16 @@ class Tenure:
             SupersededError: Another trainer has opened the run.
         """
         await self.line(lambda: self.board.publish(self.token, fields), what)
+
+    async def fix(self, form: str) -> None:
+        """Keep the form of the run's named arrays for the next trainer.
+
+        Raises:
+            SupersededError: Another trainer has opened the run.
+        """
+        if form != self.form:
+            self.form = form
+            await self.say("fix the form of arrays", form=form)
 
     async def release(self) -> None:
         """Let go of the run at once, if it was ever taken."""

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fixtures.ranks import Hub, Outcome, ThreadWorker, run_ranks
+from fixtures.rig import delivery_of
 from fixtures.servers import MakeServer
 from support import wait_until
 
@@ -239,12 +241,26 @@ def test_the_policy_refines_on_the_rank_that_has_the_rollouts(redis_url: str) ->
 # ---- what fails on one rank --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["lost", "corrupt"])
+@pytest.mark.parametrize("how", ["lost", "corrupt", "oversize", "form"])
 def test_a_payload_that_one_rank_cannot_use_costs_its_group_alone(redis_url: str, how: str) -> None:
     def spoil(claim: Claim, made: Delivery) -> Delivery:
-        if (claim.prompt.group, claim.index) != ("p1", 2):
-            return made
-        return replace(made, payload=encode_samples([]) if how == "corrupt" else b"gone")
+        named = {"x": np.zeros(made.header.tokens, np.float32)}
+        if (claim.prompt.group, claim.index) == ("p6", 2):
+            if how == "lost":
+                return replace(made, payload=b"gone")
+            if how == "corrupt":
+                return replace(made, header=replace(made.header, tokens=made.header.tokens + 1))
+            if how == "form":
+                named = {"x": np.zeros(made.header.tokens)}
+            if how == "oversize":
+                named = {str(k): np.zeros(1) for k in range(9)}
+        return delivery_of(
+            claim,
+            epoch=made.header.epoch,
+            version=made.header.min_version,
+            reward=made.header.reward,
+            arrays=named,
+        )
 
     fetch = Streams.fetch
 
@@ -261,9 +277,48 @@ def test_a_payload_that_one_rank_cannot_use_costs_its_group_alone(redis_url: str
 
     with pytest.MonkeyPatch.context() as patch, ThreadWorker(redis_url, RUN, spoil):
         patch.setattr(Streams, "fetch", without)
-        outcomes, _ = run_ranks(redis_url, 2, program, run=RUN)
+        outcomes, _ = run_ranks(redis_url, 2, program, run=RUN, max_names=8)
     seen = [each for rank in values(outcomes) for each in rank]
-    assert Counter(seen) == {(f"p{g}", i): 1 for g in range(9) if g != 1 for i in range(4)}
+    assert Counter(seen) == {(f"p{g}", i): 1 for g in range(9) if g != 6 for i in range(4)}
+
+
+@pytest.mark.parametrize("whole_groups", [True, False])
+def test_ranks_agree_on_one_form_of_arrays(redis_url: str, whole_groups: bool) -> None:
+    """Each of them sees other groups first, of two forms."""
+
+    def spoil(claim: Claim, made: Delivery) -> Delivery:
+        odd = int(claim.prompt.group[1:]) % 2
+        h = made.header
+        array = np.zeros((h.tokens, 2) if odd else h.tokens, np.float32)
+        return delivery_of(
+            claim, epoch=h.epoch, version=h.min_version, reward=h.reward, arrays={"x": array}
+        )
+
+    def program(fleet: rollfleet.RankFleet) -> Any:
+        fleet.feed(prompts(10))
+        seen = [
+            (r.header.group, r.samples[0].arrays["x"].ndim)
+            for batch in fleet.batches()
+            for r in batch.rollouts
+        ]
+        settled(fleet)
+        if fleet.leader is not None:
+            assert fleet.leader.books().dropped == {"form": 20}
+            assert fleet.leader.aio.gather.payloads.forms.dumps() == ""  # it loads nothing itself
+        return seen
+
+    with ThreadWorker(redis_url, RUN, spoil):
+        outcomes, _ = run_ranks(redis_url, 2, program, run=RUN, whole_groups=whole_groups)
+        seen = [each for rank in values(outcomes) for each in rank]
+        assert len(seen) == 20
+        assert len({ndim for _, ndim in seen}) == 1
+
+        # Who comes next holds the run against the same form.
+        def known(fleet: rollfleet.RankFleet) -> str:
+            assert fleet.leader is not None
+            return fleet.leader.aio.gather.payloads.forms.dumps()
+
+        assert '"token"' in values(run_ranks(redis_url, 1, known, run=RUN)[0])[0]
 
 
 def test_a_feed_of_which_nothing_is_of_use_ends_on_all_ranks(redis_url: str) -> None:

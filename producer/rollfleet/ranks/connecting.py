@@ -9,6 +9,7 @@ from typing import Any
 
 from rollfleet.balance import Cost
 from rollfleet.fleet import Fleet, connect
+from rollfleet.forms import Forms
 from rollfleet.freshness import Policy
 from rollfleet.guarded import Guarded, policy_named
 from rollfleet.micro import Form
@@ -107,7 +108,7 @@ def connect_ranks(
             leader.close()
         collective.close(str(exc))
         raise
-    options = dict(collate or {})
+    options = {"max_bytes": loaded.max_batch_bytes, **(collate or {})}
     guarded = _policy(loaded, own) if leader is None else leader.aio.policy
     ahead = importlib.util.find_spec("torch") is not None if tensors is None else tensors
     rank = collective.rank
@@ -123,6 +124,8 @@ def connect_ranks(
             history=History(first.rollbacks),
             # Of a share in micro-batches, each is made when it is its turn.
             collate=options if ahead and budget_tokens is None else None,
+            limits=loaded.limits,
+            forms=Forms(options.get("missing") == "error", first.form),
         )
 
     return RankFleet(
@@ -190,7 +193,12 @@ def _hello(leader: Fleet | None) -> Hello:
     if leader is None:
         return Hello()
     rollbacks = leader.aio.consumer.history.rollbacks
-    return Hello(url=leader.redis_url, version=leader.version, rollbacks=rollbacks)
+    return Hello(
+        url=leader.redis_url,
+        version=leader.version,
+        rollbacks=rollbacks,
+        form=leader.aio.gather.payloads.forms.dumps(),
+    )
 
 
 def _meet(collective: Collective, hello: Hello, timeout_s: float, cause: Exception | None) -> Hello:

@@ -59,6 +59,7 @@ class RankFleet:
         self.version = version
         self.timeout_s = timeout_s
         self._collate = collate
+        self._strict = collate.get("missing") == "error"
         self._form: Form = division.form
         self._lead = None if leader is None else Leader(leader.aio, division)
         self._loader = Loader(settings, reader, collective.rank)
@@ -145,9 +146,11 @@ class RankFleet:
             self._broken = exc
             raise
         try:
-            return conclude([Vote.loads(part) for part in parts])
+            conclusion = conclude([Vote.loads(part) for part in parts], strict=self._strict)
         except RollfleetError as exc:
             raise exc from cause
+        self._loader.agree(conclusion.form)
+        return conclusion
 
     def _vote(self, want: int, until: float) -> tuple[Vote, Exception | None]:
         """Our share's verdict, and on rank 0 the leader's word; or what failed."""

@@ -158,6 +158,7 @@ class Leader:
         if written is None or plan is None:
             raise RollfleetError("the ranks agreed to a plan that the leader does not have")
         self._written, self._plan, self._ahead = None, self._ahead, None
+        await self.fleet.gather.payloads.fix(conclusion.form)
         return self.fleet.commits.opened(
             written.number,
             plan.groups,

@@ -68,6 +68,12 @@ class Loader:
             raise
         return loaded.vote()
 
+    def agree(self, form: str) -> None:
+        """Hold shares against the form that all ranks agreed to."""
+        if form:
+            # Before whatever is asked of the loop after this.
+            self._loop.call_soon_threadsafe(self._reader.forms.replace, form)
+
     def take(self) -> Loaded:
         """The share at hand, which leaves in a batch."""
         if self._coming is None:

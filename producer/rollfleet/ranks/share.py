@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgpack
 import numpy as np
 
+from rollfleet.forms import Forms
 from rollfleet.groups import Group, Member
 from rollfleet.guarded import Guarded
 from rollfleet.line import Line
@@ -25,6 +26,7 @@ from rollfleet.rollback import History
 from rollfleet_common.codec import decode_header, encode_header
 from rollfleet_common.errors import CodecError
 from rollfleet_common.keys import RunKeys
+from rollfleet_common.limits import Limits
 from rollfleet_common.messages import NO_VERSION, Header, Rollout
 from rollfleet_common.streams import Streams
 
@@ -92,6 +94,9 @@ class Loaded:
     bad: dict[str, str] = field(default_factory=dict)
     #: Tensors of its rollouts, in order; None if they were not asked for or there are none.
     made: "Future[Made] | None" = None
+    #: What the rank knew of the form of named arrays when it was refined last.
+    form: str = ""
+    revision: int = -1
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -101,7 +106,7 @@ class Loaded:
     def vote(self) -> Vote:
         """What is to be said of it, without a failure."""
         if self.bad:
-            return Vote(self.version, tuple(self.bad.items()))
+            return Vote(self.version, tuple(self.bad.items()), form=self.form)
         rollouts = self.rollouts
         before = [header for _, header in self.share.rollouts]
         headers = [rollout.header for rollout in rollouts]
@@ -110,7 +115,8 @@ class Loaded:
             for old, h in zip(before, headers, strict=True)
             if h is not old and h != old
         ]
-        return Vote(self.version, (), None, _tally(rollouts, self.version), tuple(revised))
+        tally = _tally(rollouts, self.version)
+        return Vote(self.version, (), None, tally, tuple(revised), form=self.form)
 
 
 class Reader:
@@ -125,6 +131,8 @@ class Reader:
         accept: As of :func:`rollfleet.connect`; told whole groups only.
         history: Of the versions of older epochs.
         collate: Options of :func:`rollfleet.collate`, and `device`; None: no tensors are made.
+        limits: Caps on one rollout.
+        forms: Of the run's named arrays, the same on every rank.
     """
 
     def __init__(
@@ -138,12 +146,15 @@ class Reader:
         accept: Accept | None,
         history: History,
         collate: Mapping[str, Any] | None,
+        limits: Limits,
+        forms: Forms,
     ) -> None:
         self.client = client
         self.keys = keys
         self.rank = rank
         self.history = history
         self.collate = collate
+        self.forms = forms
         self.line = Line(_never)
         self._bad: dict[str, str] = {}
         self._thread = ThreadPoolExecutor(1, "rollfleet-decode")
@@ -158,6 +169,9 @@ class Reader:
             policy,
             history,
             self._thread,
+            limits,
+            forms,
+            _leaders,
         )
 
     async def load(self, plan: str, version: int) -> Loaded:
@@ -195,12 +209,13 @@ class Reader:
         Raises:
             ValueError: It cannot be collated.
         """
-        if loaded.version == version:
+        if loaded.version == version and loaded.revision == self.forms.revision:
             return
         before, self._bad = loaded.rollouts, loaded.bad
         good = [group for group in loaded.groups if group.name not in loaded.bad]
         loaded.refined = await self.payloads.load(good, version)
         loaded.version = version
+        loaded.form, loaded.revision = self.forms.dumps(), self.forms.revision
         after = loaded.rollouts
         if not after or len(before) != len(after) or not all(map(is_, before, after)):
             # Of a share that will be cut anew nothing is made.
@@ -250,6 +265,10 @@ def _tally(rollouts: Sequence[Rollout], version: int) -> Tally:
         behind=sum(behind),
         most_behind=max(behind, default=0),
     )
+
+
+async def _leaders(_: str) -> None:
+    """What is agreed to is kept by the leader."""
 
 
 async def _never() -> bool:

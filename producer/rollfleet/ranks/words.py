@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import msgpack
 
+from rollfleet.forms import merged
 from rollfleet_common import errors
 from rollfleet_common.errors import CodecError, RankError, RollfleetError
 from rollfleet_common.messages import NO_VERSION
@@ -63,11 +64,14 @@ class Hello:
     version: int = NO_VERSION
     #: (epoch, version it began at) of every epoch.
     rollbacks: tuple[tuple[int, int], ...] = ()
+    #: Of the run's named arrays, as the leader found it.
+    form: str = ""
 
     def dumps(self) -> bytes:
         """As it travels."""
         failure = None if self.failure is None else astuple(self.failure)
-        return cast(bytes, msgpack.packb((failure, self.url, self.version, self.rollbacks)))
+        said = failure, self.url, self.version, self.rollbacks, self.form
+        return cast(bytes, msgpack.packb(said))
 
     @classmethod
     def loads(cls, packed: bytes) -> "Hello":
@@ -77,9 +81,9 @@ class Hello:
             CodecError: It is none of ours.
         """
         try:
-            failure, url, version, rollbacks = cast("list[Any]", msgpack.unpackb(packed))
+            failure, url, version, rollbacks, form = cast("list[Any]", msgpack.unpackb(packed))
             said = None if failure is None else Failure(*failure)
-            return cls(said, url, version, tuple((epoch, at) for epoch, at in rollbacks))
+            return cls(said, url, version, tuple((epoch, at) for epoch, at in rollbacks), form)
         except (ValueError, TypeError) as exc:
             raise _no_word(exc) from exc
 
@@ -149,6 +153,8 @@ class Vote:
     revised: tuple[Revised, ...] = ()
     #: Said by the leader alone.
     word: Word | None = None
+    #: What this rank knows of the form of named arrays, its share at hand included.
+    form: str = ""
 
     def dumps(self) -> bytes:
         """As it travels."""
@@ -162,6 +168,7 @@ class Vote:
                     astuple(self.tally),
                     [astuple(each) for each in self.revised],
                     None if self.word is None else astuple(self.word),
+                    self.form,
                 )
             ),
         )
@@ -174,7 +181,9 @@ class Vote:
             CodecError: It is no vote of ours: the ranks run different releases, or are out of step.
         """
         try:
-            version, bad, failure, tally, revised, word = cast("list[Any]", msgpack.unpackb(packed))
+            version, bad, failure, tally, revised, word, form = cast(
+                "list[Any]", msgpack.unpackb(packed)
+            )
             return cls(
                 version=version,
                 bad=tuple((group, reason) for group, reason in bad),
@@ -182,6 +191,7 @@ class Vote:
                 tally=Tally(*tally),
                 revised=tuple(Revised(*each) for each in revised),
                 word=None if word is None else Word(*word),
+                form=form,
             )
         except (ValueError, TypeError) as exc:
             raise _no_word(exc) from exc
@@ -200,6 +210,9 @@ class Conclusion:
     #: Of the whole batch.
     tally: Tally
     revised: tuple[Revised, ...]
+    #: What the ranks know of the form of named arrays, all of them; the first rank that knows a
+    #: name decides.
+    form: str
 
 
 def raise_first(failures: Sequence[Failure | None]) -> None:
@@ -218,8 +231,12 @@ def raise_first(failures: Sequence[Failure | None]) -> None:
     raise error
 
 
-def conclude(votes: Sequence[Vote]) -> Conclusion:
+def conclude(votes: Sequence[Vote], *, strict: bool = False) -> Conclusion:
     """What follows from the votes of all ranks, the leader's first.
+
+    Args:
+        votes: One of every rank.
+        strict: As of :class:`rollfleet.forms.Forms`.
 
     Raises:
         RollfleetError: What the lowest rank that failed said; the others are named with it.
@@ -230,12 +247,13 @@ def conclude(votes: Sequence[Vote]) -> Conclusion:
     if word is None:
         raise CodecError("the leader said nothing: do all ranks call the same methods in order?")
     bad = {group: reason for vote in votes for group, reason in vote.bad}
-    agreed = all(vote.version == word.version for vote in votes)
+    form, same = merged(strict, [vote.form for vote in votes])
+    agreed = same and all(vote.version == word.version for vote in votes)
     tally = Tally()
     for vote in votes:
         tally += vote.tally
     revised = tuple(each for vote in votes for each in vote.revised)
-    return Conclusion(word, word.number > 0 and agreed and not bad, bad, tally, revised)
+    return Conclusion(word, word.number > 0 and agreed and not bad, bad, tally, revised, form)
 
 
 def _no_word(exc: Exception) -> CodecError:
