@@ -26,7 +26,16 @@ from rollfleet_common.errors import (
     WireError,
 )
 from rollfleet_common.limits import Limits
-from rollfleet_common.messages import Bool, Header, Int32, Kind, Prompt, Sample, VersionSpans
+from rollfleet_common.messages import (
+    Bool,
+    Header,
+    Int32,
+    Kind,
+    LogprobsKind,
+    Prompt,
+    Sample,
+    VersionSpans,
+)
 from rollfleet_common.scan import unpack, unpack_usual
 
 __all__ = [
@@ -59,6 +68,9 @@ MAX_FLOAT = float(np.finfo(np.float32).max)
 _MAX_EMPTY = 1 << 20
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
+
+#: Values of "lk"; a reader takes others for unknown.
+_KINDS = frozenset(LogprobsKind)
 
 _I4 = np.dtype("<i4")
 _F4 = np.dtype("<f4")
@@ -277,6 +289,12 @@ def _pack_sample(s: Sample) -> dict[str, Any]:
         packed["c"] = {str(k): float(v) for k, v in s.components.items()}
     if s.metrics:
         packed["m"] = {str(k): float(v) for k, v in s.metrics.items()}
+    if s.logprobs_kind != LogprobsKind.UNKNOWN:
+        packed["lk"] = str(s.logprobs_kind)
+    if s.temperature is not None:
+        packed["t"] = float(s.temperature)
+    if s.context_full:
+        packed["cx"] = True
     if s.arrays:
         packed["a"] = {str(k): _pack_array(v) for k, v in s.arrays.items()}
     return packed
@@ -368,6 +386,9 @@ def _unpack_sample(raw: Any, i: int) -> Sample:
             {_text(k, "a"): _unpack_array(v, k) for k, v in raw["a"].items()} if "a" in raw else {},
             _numbers(raw["m"], "m") if "m" in raw else {},
             _text(raw["f"], "f"),
+            raw["lk"] if raw.get("lk") in _KINDS else LogprobsKind.UNKNOWN,
+            _temperature(raw["t"]) if "t" in raw else None,
+            raw.get("cx") is True,
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CodecError) as exc:
         raise CodecError(f"payload, sample {i}: {type(exc).__name__}: {exc}") from exc
@@ -384,6 +405,13 @@ def _mask(raw: Any, tokens: int) -> Bool:
     if sum(runs) != tokens or min(runs, default=0) < 0:
         raise CodecError(f"mask runs {runs[:8]} do not add up to {tokens} tokens")
     return expand_mask(runs)
+
+
+def _temperature(raw: Any) -> float:
+    value = _number(raw, "t")
+    if not 0.0 <= value < math.inf:
+        raise CodecError(f"temperature is {value}, not a finite number of at least 0")
+    return value
 
 
 def _numbers(raw: Any, what: str) -> dict[str, float]:

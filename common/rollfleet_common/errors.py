@@ -28,6 +28,7 @@
     │   │   └── EngineProtocolError         an inference server answered something unusable
     │   ├── DataError                       the prompt or the user's code
     │   │   ├── EngineRefusedError          an inference server refused the request itself
+    │   │   │   └── ContextFullError        its prompt leaves no room in the server's context
     │   │   └── RewardError                 the reward function raised or returned no number
     │   ├── EpisodeTimeoutError (TimeoutError)  the episode or its reward outlived its deadline
     │   └── EpisodeCancelledError           cancelled by the fleet: surplus, stale, or stolen lease
@@ -47,6 +48,7 @@ __all__ = [
     "BrokerUnavailableError",
     "CodecError",
     "CollectiveError",
+    "ContextFullError",
     "DataError",
     "EngineProtocolError",
     "EngineRefusedError",
@@ -237,6 +239,10 @@ class EngineRefusedError(DataError):
 
     #: Which of several servers it was; "" if that was not said.
     server: str = ""
+
+
+class ContextFullError(EngineRefusedError):
+    """A prompt leaves no room for a token in the context of an inference server."""
 
 
 class RewardError(DataError):

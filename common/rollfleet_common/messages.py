@@ -22,6 +22,7 @@ __all__ = [
     "Header",
     "Int32",
     "Kind",
+    "LogprobsKind",
     "PolicyVersion",
     "Prompt",
     "Rollout",
@@ -43,6 +44,22 @@ class Kind(StrEnum):
 
     TRAIN = "train"
     EVAL = "eval"
+
+
+class LogprobsKind(StrEnum):
+    """Which distribution the log-probabilities of a generation are of.
+
+    All three are the same one at temperature 1 without top-k, top-p, min-p and penalties.
+    """
+
+    #: The model's own: the softmax of the logits, before temperature and truncation.
+    RAW = "raw"
+    #: After temperature, before top-k, top-p and min-p.
+    TEMPERED = "tempered"
+    #: The one that the token was sampled from: after temperature and truncation.
+    PROCESSED = "processed"
+    #: The server does not say, or parts of the sample differ.
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +207,12 @@ class Sample:
     metrics: Mapping[str, float] = field(default_factory=dict)
     #: Why generation ended: "stop", "length", ...
     finish_reason: str = "stop"
+    #: What `logprobs` are log-probabilities of, a value of :class:`LogprobsKind`.
+    logprobs_kind: str = LogprobsKind.UNKNOWN
+    #: Temperature that the tokens were sampled with; None if unknown, or if parts differ.
+    temperature: float | None = None
+    #: Whether "length" means that the server's context was full, before `max_tokens`.
+    context_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

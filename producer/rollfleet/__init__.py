@@ -51,7 +51,7 @@ from rollfleet_common.errors import (
     SupersededError,
 )
 from rollfleet_common.ledger import Books
-from rollfleet_common.messages import Header, Kind, Prompt, Rollout, Sample
+from rollfleet_common.messages import Header, Kind, LogprobsKind, Prompt, Rollout, Sample
 
 if TYPE_CHECKING:
     from rollfleet.collating import GroupStats, PackedBatch, TensorBatch, collate, group_stats
@@ -82,6 +82,7 @@ __all__ = [
     "Header",
     "InvalidPromptError",
     "Kind",
+    "LogprobsKind",
     "Mask",
     "Member",
     "MicroBatch",

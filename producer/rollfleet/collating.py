@@ -17,6 +17,7 @@ import torch
 
 from rollfleet.blocks import Field, allocate
 from rollfleet.layout import Layout, Packed, Padded, write_extras, write_versions
+from rollfleet.mixture import tell_mixture
 from rollfleet.packed import PackedBatch
 from rollfleet.rows import Extras, Rows
 from rollfleet.tensors import GroupStats, TensorBatch, group_stats
@@ -137,6 +138,7 @@ def collate(
     if not rollouts:
         raise ValueError("cannot collate an empty batch: there is no rollout in it")
     rows = Rows(rollouts)
+    tell_mixture(rows.samples)
     options: Any = {
         "pad_side": pad_side,
         "pad_multiple": pad_multiple,
@@ -212,6 +214,9 @@ def collate_rows(
         (core[part] if part else core)[name] = tensor
     core["lists"] = extras.lists
     core["finish_reasons"] = tuple(sample.finish_reason for sample in rows.samples)
+    core["logprobs_kinds"] = tuple(sample.logprobs_kind for sample in rows.samples)
+    core["temperatures"] = tuple(sample.temperature for sample in rows.samples)
+    core["context_full"] = tuple(sample.context_full for sample in rows.samples)
     core["headers"] = tuple(rows.headers)
     core["groups"] = tuple(rows.groups)
     if not packed:

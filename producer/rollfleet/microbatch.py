@@ -26,6 +26,7 @@ from rollfleet.collating import (
     collate_rows,
 )
 from rollfleet.micro import Form, Over, StepTotals, plan_micro
+from rollfleet.mixture import tell_mixture
 from rollfleet.rows import Extras, Rows
 from rollfleet_common.messages import Header, Rollout
 
@@ -263,6 +264,7 @@ def micro_batches(
     """
     check_options(form, pad_side, pad_multiple, ids_dtype)
     rows = Rows(rollouts)
+    tell_mixture(rows.samples)
     parts: Sequence[tuple[int, ...]]
     if rollouts:
         plan = plan_micro(
@@ -321,6 +323,7 @@ def micro_batches_of(
     said = {"pad_side": "right", "pad_multiple": 1, "ids_dtype": torch.int64, **options}
     check_options(form, said["pad_side"], said["pad_multiple"], said["ids_dtype"])
     rows = Rows(rollouts)
+    tell_mixture(rows.samples)
     of_rollout: list[list[int]] = [[] for _ in rollouts]
     for row, rollout in enumerate(rows.rollout_ids):
         of_rollout[rollout].append(row)

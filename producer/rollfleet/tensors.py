@@ -57,6 +57,12 @@ class TensorBatch:
     lists: dict[str, list[_Array | None]]
     #: Why generation ended, a row.
     finish_reasons: tuple[str, ...]
+    #: What `logprobs` are log-probabilities of, a row: a value of `rollfleet.LogprobsKind`.
+    logprobs_kinds: tuple[str, ...]
+    #: Temperature that the tokens were sampled with, a row; None if unknown.
+    temperatures: tuple[float | None, ...]
+    #: Whether "length" means that the server's context was full, a row.
+    context_full: tuple[bool, ...]
     #: Headers of the R rollouts, names of the G groups.
     headers: tuple[Header, ...]
     groups: tuple[str, ...]

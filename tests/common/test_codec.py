@@ -114,6 +114,45 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+HOW = {"logprobs_kind": "tempered", "temperature": 0.7, "context_full": True}
+
+
+def test_how_a_sample_was_sampled_travels_in_keys_of_its_own() -> None:
+    told = replace(SAMPLE, **HOW)
+    assert same(decode_samples(encode_samples([told])), (told,))
+    # Large arrays take the short cut of usual payloads.
+    large = replace(
+        told,
+        token_ids=np.zeros(4096, np.int32),
+        logprobs=np.zeros(4096, np.float32),
+        loss_mask=np.arange(4096) > 9,
+    )
+    assert same(decode_samples(encode_samples([large])), (large,))
+    # Older readers ignore them, older writers do not write them.
+    raw = msgpack.unpackb(encode_samples([told]))
+    assert {name: raw[1][0].pop(name) for name in ("lk", "t", "cx")} == {
+        "lk": "tempered",
+        "t": 0.7,
+        "cx": True,
+    }
+    assert same(decode_samples(msgpack.packb(raw)), (SAMPLE,))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "hot", None, [1.0]])
+def test_a_temperature_that_is_none_is_refused(value: object) -> None:
+    raw = msgpack.unpackb(encode_samples([SAMPLE]))
+    raw[1][0]["t"] = value
+    with pytest.raises(CodecError, match="sample 0"):
+        decode_samples(msgpack.packb(raw))
+
+
+@pytest.mark.parametrize("value", ["cooked", "", 7, None])
+def test_another_kind_of_logprobs_is_unknown(value: object) -> None:
+    raw = msgpack.unpackb(encode_samples([SAMPLE]))
+    raw[1][0]["lk"] = value
+    assert decode_samples(msgpack.packb(raw))[0].logprobs_kind == "unknown"
+
+
 def test_golden_bytes() -> None:
     assert encode_prompt(PROMPT, CAP).hex() == PROMPT_HEX
     assert encode_header(HEADER).hex() == HEADER_HEX

@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rollfleet.blocks import BlockPool
 from rollfleet.collating import TensorBatch, collate, group_stats
+from rollfleet.microbatch import micro_batches
 from rollfleet_common.codec import encode_samples
 from rollfleet_common.errors import CodecError
 from rollfleet_common.messages import Header, Kind, Rollout, Sample, VersionSpans
@@ -135,6 +137,23 @@ def test_groups_and_forks_get_dense_ids() -> None:
     assert batch.rollout_ids.tolist() == [0, 0, 1, 2]
     assert [batch.headers[i].index for i in batch.rollout_ids] == [4, 4, 0, 5]
     assert batch.finish_reasons == ("stop",) * 4
+
+
+def test_rows_say_how_they_were_sampled_and_a_mixture_is_told_once() -> None:
+    hot = {"logprobs_kind": "raw", "temperature": 1.5, "context_full": True}
+    cold = {"logprobs_kind": "tempered", "temperature": 0.25}
+    rows = [rollout(sample(2, **hot), sample(3), group="a"), rollout(sample(2, **cold), group="b")]
+    with structlog.testing.capture_logs() as logs:
+        for form in ("padded", "packed"):
+            batch = collate(rows, form=form)
+            assert batch.logprobs_kinds == ("raw", "unknown", "tempered")
+            assert batch.temperatures == (1.5, None, 0.25)
+            assert batch.context_full == (True, False, False)
+        micro_batches(rows, budget_tokens=8)
+        collate(rows[1:])
+    (told,) = [log["mixes"] for log in logs if "mixes" in log]
+    assert "log-probabilities that are raw, tempered, unknown" in told
+    assert "temperatures 0.25, 1.5, unknown" in told
 
 
 def test_one_token_is_enough() -> None:
