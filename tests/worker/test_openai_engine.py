@@ -99,6 +99,12 @@ async def test_the_request_says_all_that_matters(fake, connect):
         "stop_token_ids": [1],
         "seed": 11,
         "user": "me",
+        # Stated at their neutral values: a server may have defaults of its own.
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "repeat_penalty": 1.0,
+        "typical_p": 1.0,
         "logprobs": 1,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,

@@ -274,6 +274,9 @@ def test_what_is_parked_comes_back(runs, reason, epoch):
     assert one.versions.starts.tolist() == made.versions.starts.tolist()
     assert one.versions.versions.tolist() == made.versions.versions.tolist()
     assert (one.finish_reason, one.server) == (reason, "http://s")
+    told = replace(made, logprobs_kind="tempered", context_full=True)
+    one = decode_parked(encode_parked(Parked(b"d" * 16, epoch, told))).generation
+    assert (one.logprobs_kind, one.context_full) == ("tempered", True)
 
 
 @given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 400))
@@ -297,13 +300,13 @@ def test_foreign_bytes_are_refused(packed):
         decode_parked(packed)
 
 
-GOOD = [1, b"d", 1, ABORTED, *([bytes(4)] * 2), bytes(4), bytes(4), "http://s"]
+GOOD = [2, b"d", 1, ABORTED, *([bytes(4)] * 2), bytes(4), bytes(4), "http://s", "raw", False]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        (0, 2),
+        (0, 1),
         (0, True),
         (1, "d"),
         (2, 1.0),
@@ -322,6 +325,8 @@ GOOD = [1, b"d", 1, ABORTED, *([bytes(4)] * 2), bytes(4), bytes(4), "http://s"]
         (7, bytes(8)),
         (7, np.array([-2], "<i4").tobytes()),
         (8, None),
+        (9, "cooked"),
+        (10, 1),
     ],
 )
 def test_every_field_is_looked_at(field, value):

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 
 from rollfleet_common.errors import CodecError, SchemaError
-from rollfleet_common.messages import NO_VERSION, VersionSpans
+from rollfleet_common.messages import NO_VERSION, LogprobsKind, VersionSpans
 from rollfleet_common.validate import AMBIGUOUS_LOGPROB, LOGPROB_SLACK
 from rollfleet_worker.inference.engine import Generation, Request, Sampling
 from rollfleet_worker.inference.resume import ABORTED
@@ -23,9 +23,9 @@ from rollfleet_worker.inference.resume import ABORTED
 __all__ = ["PARKED_SCHEMA", "Parked", "decode_parked", "encode_parked", "request_digest"]
 
 #: Version of this layout; another one is no progress of ours.
-PARKED_SCHEMA = 1
+PARKED_SCHEMA = 2
 
-_TYPES = (int, bytes, int, str, bytes, bytes, bytes, bytes, str)
+_TYPES = (int, bytes, int, str, bytes, bytes, bytes, bytes, str, str, bool)
 _REASONS = frozenset({"stop", "length", "repetition", ABORTED})
 _I4 = np.dtype("<i4")
 _F4 = np.dtype("<f4")
@@ -78,6 +78,8 @@ def encode_parked(parked: Parked) -> bytes:
                 np.ascontiguousarray(made.versions.starts, _I4).tobytes(),
                 np.ascontiguousarray(made.versions.versions, _I4).tobytes(),
                 made.server,
+                str(made.logprobs_kind),
+                made.context_full,
             ]
         ),
     )
@@ -100,9 +102,11 @@ def decode_parked(packed: bytes) -> Parked:
         raise SchemaError(f"parked in layout {raw[0]}, this release knows {PARKED_SCHEMA}")
     if tuple(map(type, raw)) != _TYPES:
         raise CodecError(f"parked fields are {[type(one).__name__ for one in raw]}")
-    _, digest, epoch, reason, ids, logprobs, starts, versions, server = raw
+    _, digest, epoch, reason, ids, logprobs, starts, versions, server, kind, full = raw
     if reason not in _REASONS:
         raise CodecError(f"parked generation ended by {reason!r}")
+    if kind not in frozenset(LogprobsKind):
+        raise CodecError(f"parked log-probabilities are {kind!r}")
     try:
         made = Generation(
             np.frombuffer(ids, _I4).astype(np.int32),
@@ -113,6 +117,8 @@ def decode_parked(packed: bytes) -> Parked:
             ),
             reason,
             server,
+            logprobs_kind=kind,
+            context_full=full,
         )
     except ValueError as exc:
         raise CodecError(f"parked arrays are cut short: {exc}") from exc

@@ -12,6 +12,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -223,7 +224,8 @@ class Progress:
             and len(made.token_ids) <= request.sampling.max_tokens
             and not (train and oldest < policy.min_useful)
         )
-        return made if usable else None
+        # The digest is of the temperature, too: the same one made it.
+        return replace(made, temperature=request.sampling.temperature) if usable else None
 
 
 class _Note:

@@ -41,6 +41,7 @@ def build_pool(s: WorkerSettings, metrics: Metrics, clock: Clock | None = None) 
             api_key=api_key,
             timeout_s=s.request_timeout_s,
             max_connections=s.server_cap + SPARE,
+            logprobs=s.logprobs,
         )
 
     pool = EnginePool(

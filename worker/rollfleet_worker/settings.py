@@ -108,6 +108,13 @@ class WorkerSettings(Settings):
         description="Bearer token for the inference servers; best given as a variable, because "
         "flags are seen by everyone on the host.",
     )
+    logprobs: Literal["auto", "raw", "tempered", "processed"] = Field(
+        "auto",
+        description="Which distribution the servers' log-probabilities are of: the model's own (raw), "
+        "after temperature, or the one sampled from; auto is the default of each engine. Set it for "
+        "a vLLM with --logprobs-mode processed_logprobs, or an SGLang with "
+        "SGLANG_RETURN_ORIGINAL_LOGPROB.",
+    )
     server_cap: int = Field(
         256, ge=1, description="Requests at once that one server is sent at most."
     )

@@ -14,13 +14,13 @@ from rollfleet_common.errors import (
     EngineRefusedError,
     EngineUnavailableError,
 )
+from rollfleet_worker.inference.cards import read_cards
 from rollfleet_worker.inference.engine import Sampling, TextAnswer
 from rollfleet_worker.inference.http import HttpClient, Reply
 
 __all__ = ["Chat"]
 
 _CHAT = "/v1/chat/completions"
-_PROBE_S = 5.0
 #: Fields of the request that are not the caller's to set in `Sampling.extra`.
 _RESERVED = frozenset({"max_tokens", "messages", "model", "n", "stream", "temperature", "top_p"})
 
@@ -43,7 +43,7 @@ class Chat:
         self._served = None
 
     async def model(self) -> str:
-        """The model's name for requests.
+        """The model's name for requests; "" if the server serves one and does not name it.
 
         Raises:
             EngineUnavailableError: None is configured, and the server does not serve just one.
@@ -52,15 +52,8 @@ class Chat:
         if self._configured is not None:
             return self._configured
         if self._served is None:
-            reply = await self._http.get("/v1/models", timeout_s=_PROBE_S)
-            listed = reply.checked().json().get("data")
-            cards = listed if isinstance(listed, list) else []
-            # Adapters are listed beside the model that they belong to.
-            names = [
-                str(card.get("id"))
-                for card in cards
-                if isinstance(card, dict) and not card.get("parent")
-            ]
+            cards = await read_cards(self._http)
+            names = [card.name for card in cards]
             if len(names) != 1:
                 raise EngineUnavailableError(
                     f"{self._http.name} serves {len(names)} models ({', '.join(names)[:200]}): "
@@ -76,8 +69,9 @@ class Chat:
                 f"sampling fields {sorted(taken)} cannot be set in `extra` of a conversation: use "
                 f"the fields of Sampling"
             )
+        model = await self.model()
         body = {
-            "model": await self.model(),
+            **({"model": model} if model else {}),
             "messages": [dict(message) for message in messages],
             **_fields(sampling),
             **sampling.extra,

@@ -7,6 +7,8 @@
   after; else what the fleet last gave it; else the pinned version of the request.
 - A server's word that it never was refitted ("default") is `base_version`, else the pinned
   version; where the fleet did refit it, it has lost those weights (`StaleServerError`).
+- A request that does not fit the server's context is asked for again with the tokens that are left.
+- A refusal is the server's fault until it has completed a prompt (:mod:`.refusals`).
 - A generation that the server cut off is handed back as it is, its `finish_reason` ABORTED: one
   place goes on with it, :class:`~rollfleet_worker.inference.segments.Resumer`, on any server.
 """
@@ -21,14 +23,18 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 from urllib.parse import quote
 
 from rollfleet_common.errors import (
+    ContextFullError,
     EngineProtocolError,
     EngineRefusedError,
     EngineUnavailableError,
     InfraError,
+    OverloadedError,
+    SettingsError,
     StaleServerError,
 )
-from rollfleet_common.messages import NO_VERSION, VersionSpans
+from rollfleet_common.messages import NO_VERSION, LogprobsKind, VersionSpans
 from rollfleet_worker.inference.answers import logprob_array, span_array, token_array
+from rollfleet_worker.inference.cards import read_cards
 from rollfleet_worker.inference.chat import Chat
 from rollfleet_worker.inference.engine import (
     Generation,
@@ -37,12 +43,34 @@ from rollfleet_worker.inference.engine import (
     TextAnswer,
     Timings,
 )
-from rollfleet_worker.inference.http import HttpClient
+from rollfleet_worker.inference.http import HttpClient, Reply
+from rollfleet_worker.inference.refusals import (
+    UNPROVEN,
+    ContextRefusal,
+    Record,
+    context_refusal,
+)
 from rollfleet_worker.inference.resume import ABORTED
 from rollfleet_worker.inference.weights import WeightInfo
 
-__all__ = ["ClientOptions", "Said", "ServerClient", "affinity_header", "all_of", "refuse_reserved"]
+__all__ = [
+    "ClientOptions",
+    "Said",
+    "ServerClient",
+    "affinity_header",
+    "all_of",
+    "refuse_reserved",
+    "seeded",
+]
 
+#: How often a request is asked for, each time with fewer tokens, until it fits the context.
+_FITTING_TRIES = 3
+#: Statuses by which servers answer token ids that they cannot read.
+_FAILS_ON_IDS = frozenset({500, 501})
+_IF_NO_IDS = (
+    "if it takes no token ids, such a server cannot be trained from: use vLLM or SGLang, or its text "
+    "face, chat(), for what is not trained on"
+)
 #: Below this servers sample greedily, and vLLM then refuses n > 1.
 _GREEDY = 1e-5
 _PROBE_S = 5.0
@@ -59,6 +87,7 @@ class ClientOptions(TypedDict, total=False):
     connect_timeout_s: float
     max_connections: int
     base_version: int | None
+    logprobs: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +115,19 @@ class ServerClient(ABC):
         connect_timeout_s: For opening a connection.
         max_connections: Requests in flight at most; further ones wait.
         base_version: Version of the weights that the server starts with; None: the pinned one.
+        logprobs: Which distribution the server's log-probabilities are of, a value of
+            :class:`~rollfleet_common.messages.LogprobsKind`; "auto": the engine's default.
 
     Raises:
         SettingsError: A setting makes no sense.
     """
 
+    #: Whether several completions of one prompt travel as one request.
+    merges: ClassVar[bool] = True
     #: The route that tells which weights the server has; "": it has none.
     _weights_path: ClassVar[str] = ""
+    #: Which distribution the engine's log-probabilities are of, unless it is started otherwise.
+    _default_kind: ClassVar[LogprobsKind] = LogprobsKind.UNKNOWN
 
     def __init__(
         self,
@@ -104,7 +139,10 @@ class ServerClient(ABC):
         connect_timeout_s: float = 10.0,
         max_connections: int = 1024,
         base_version: int | None = None,
+        logprobs: str = "auto",
     ) -> None:
+        if logprobs not in ("auto", *LogprobsKind):
+            raise SettingsError(f"logprobs {logprobs!r} is none of auto, {', '.join(LogprobsKind)}")
         self._http = HttpClient(
             url.rstrip("/").removesuffix("/v1"),
             api_key=api_key,
@@ -119,6 +157,10 @@ class ServerClient(ABC):
         #: Whether the server tells the version of every token; None until it has answered.
         self._spans: bool | None = None
         self._version = NO_VERSION
+        self._logprobs = None if logprobs == "auto" else LogprobsKind(logprobs)
+        self._record = Record()
+        #: Tokens of prompt and completion that the server has room for; 0: not known.
+        self._context = 0
 
     @property
     def name(self) -> str:
@@ -134,14 +176,15 @@ class ServerClient(ABC):
         """Make `n` independent completions; see :class:`Engine`.
 
         A completion of fewer tokens than asked for that ended by "length" met the end of the
-        server's context.
+        server's context, and says so (`context_full`).
 
         Raises:
             EngineUnavailableError: The server is unreachable, failing, overloaded or set up
                 otherwise than we are; or, as `StaleServerError`, it serves older weights than it
                 was given.
             EngineProtocolError: The answer is no usable generation.
-            EngineRefusedError: The server, or this client, refuses the request itself.
+            EngineRefusedError: The server, or this client, refuses the request itself; as
+                `ContextFullError`, its prompt leaves no room in the server's context.
         """
         self._admit(request, n)
         began_s = time.monotonic()
@@ -149,8 +192,21 @@ class ServerClient(ABC):
         greedy = request.sampling.temperature < _GREEDY
         made = await self._ask(request, 1 if greedy else n)
         total_s = time.monotonic() - began_s
-        made = [replace(one, timings=Timings(total_s, one.timings.server_s)) for one in made]
+        most = request.sampling.max_tokens
+        made = [
+            replace(
+                one,
+                timings=Timings(total_s, one.timings.server_s),
+                logprobs_kind=self._kind(),
+                temperature=request.sampling.temperature,
+                context_full=one.finish_reason == "length" and len(one.token_ids) < most,
+            )
+            for one in made
+        ]
         return made * n if greedy else made
+
+    def _kind(self) -> LogprobsKind:
+        return self._logprobs or self._default_kind
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> TextAnswer:
         """What the server's model says next; see :class:`TextEngine`."""
@@ -173,9 +229,11 @@ class ServerClient(ABC):
         except (InfraError, EngineRefusedError):
             self._forget()
             return False
-        if self._model is None or not isinstance(listed, list):
-            return True
-        return any(isinstance(one, dict) and one.get("id") == self._model for one in listed)
+        rows = listed if isinstance(listed, list) else []
+        names = [one.get("id") for one in rows if isinstance(one, dict)]
+        # Routers that do not know their models write null.
+        unnamed = all(name is None for name in names)
+        return self._model is None or unnamed or self._model in names
 
     async def close(self) -> None:
         """Release connections. Idempotent."""
@@ -195,7 +253,9 @@ class ServerClient(ABC):
         """The server may come back as another one: find out again what it offers."""
         self._weights.forget()
         self._chat.forget()
+        self._record.forget()
         self._spans = None
+        self._context = 0
 
     def _admit(self, request: Request, n: int) -> None:
         if n < 1:
@@ -211,10 +271,102 @@ class ServerClient(ABC):
         # By what the server holds, where it is known: then a segment that goes on finds its prefix.
         held = request.version if request.serves == NO_VERSION else request.serves
         try:
-            return await self._exchange(request, n, str(held))
+            return await self._fitting(request, n, str(held))
         except EngineUnavailableError:
             self._forget()
             raise
+
+    # How much fits.
+
+    async def _fitting(self, request: Request, n: int, salt: str) -> list[Generation]:
+        """One exchange, of as many tokens as the server has room for."""
+        asked = self._fitted(request, self._context) if self._context else request
+        for left in reversed(range(_FITTING_TRIES)):
+            try:
+                return await self._exchange(asked, n, salt)
+            except _DoesNotFitError as exc:
+                shorter = await self._shorter(request, asked, exc.said) if left else None
+                if shorter is None:
+                    raise ContextFullError(str(exc)) from exc
+                asked = shorter
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _shorter(
+        self, request: Request, asked: Request, said: ContextRefusal
+    ) -> Request | None:
+        """`request` with a budget that the server has room for, after it refused `asked`.
+
+        None if nobody says how much room there is.
+
+        Raises:
+            ContextFullError: There is no room.
+        """
+        limit = said.limit or self._context or await self._card_context()
+        if not limit:
+            return None
+        prompt, most = len(request.token_ids), asked.sampling.max_tokens
+        # SGLang counts places that it reserves as part of the prompt.
+        limit -= max(said.used - prompt, 0)
+        shorter = self._fitted(request, limit)
+        if shorter.sampling.max_tokens >= most:
+            # It wants one place more than the tokens that it makes.
+            limit = prompt + most - 1
+            shorter = self._fitted(request, limit)
+        self._context = limit
+        return shorter
+
+    def _fitted(self, request: Request, limit: int) -> Request:
+        """`request` with a budget of at most what a context of `limit` tokens leaves.
+
+        Raises:
+            ContextFullError: It leaves nothing.
+        """
+        prompt = len(request.token_ids)
+        left = limit - prompt
+        if left < 1:
+            raise ContextFullError(
+                f"a prompt of {prompt} tokens leaves no room in the context of {self.name}, which "
+                f"has {limit} for prompt and completion"
+            )
+        if left >= request.sampling.max_tokens:
+            return request
+        return replace(request, sampling=replace(request.sampling, max_tokens=left))
+
+    async def _card_context(self) -> int:
+        """The context length that the server's list of models names; 0 if it names none."""
+        with suppress(InfraError, EngineRefusedError):
+            cards = await read_cards(self._http)
+            mine = [one for one in cards if self._model in (None, one.name)] or cards
+            return min((one.context for one in mine if one.context), default=0)
+        return 0
+
+    # Whose fault a refusal is.
+
+    def _accepted(self, reply: Reply, request: Request) -> Reply:
+        """`reply` if its status is 2xx.
+
+        Raises:
+            EngineUnavailableError: As :meth:`Reply.checked`.
+            EngineRefusedError: The prompt is at fault; `_DoesNotFitError` if it is too long.
+            EngineProtocolError: As :meth:`Reply.checked`; or the refusal is the server's fault.
+        """
+        try:
+            return reply.checked()
+        except OverloadedError:
+            raise
+        except EngineUnavailableError as exc:
+            if reply.status not in _FAILS_ON_IDS or self._record.proven:
+                raise
+            raise EngineUnavailableError(f"{exc} ({UNPROVEN}; {_IF_NO_IDS})") from exc
+        except EngineRefusedError as exc:
+            said = context_refusal(reply.body)
+            # A server that refuses what by its own words fits refuses something else.
+            if said is not None and not _fits(request, said):
+                raise _DoesNotFitError(str(exc), said) from exc
+            why = self._record.refused(request.affinity)
+            if not why:
+                raise
+            raise EngineProtocolError(f"{exc} ({why}; {_IF_NO_IDS})") from exc
 
     # Whose weights made a token.
 
@@ -286,11 +438,29 @@ class ServerClient(ABC):
             if said.spans is None
             else span_array(said.spans, tokens, self._untagged(request), where)
         )
+        self._record.completed()
         if tokens:
             _refuse_stale(int(versions.versions[0]), request.serves, where)
             self._version = int(versions.versions[-1])
         timings = Timings(server_s=said.server_s)
         return Generation(ids, logprobs, versions, said.finish_reason, self.name, timings)
+
+
+class _DoesNotFitError(ContextFullError):
+    """A server refused a request because of its length."""
+
+    def __init__(self, message: str, said: ContextRefusal) -> None:
+        super().__init__(message)
+        self.said = said
+
+
+def _fits(request: Request, said: ContextRefusal) -> bool:
+    """Whether a request is well within the limit that its refusal names."""
+    if not said.limit:
+        return False
+    # SGLang counts places that it reserves, and some servers want one more than the tokens made.
+    used = max(len(request.token_ids), said.used)
+    return used + request.sampling.max_tokens + 1 < said.limit
 
 
 def _refuse_stale(first: int, serves: int, where: str) -> None:
@@ -317,6 +487,14 @@ def refuse_reserved(extra: Mapping[str, Any], reserved: frozenset[str]) -> None:
             f"sampling fields {sorted(taken)} cannot be set in `extra`: use the fields of "
             f"Sampling, or leave them to the client"
         )
+
+
+def seeded(request: Request, n: int) -> list[Request]:
+    """`request` `n` times, each with a seed of its own if it has one: the seed plus its index."""
+    seed = request.sampling.seed
+    if seed is None:
+        return [request] * n
+    return [replace(request, sampling=replace(request.sampling, seed=seed + at)) for at in range(n)]
 
 
 def affinity_header(affinity: str) -> str:

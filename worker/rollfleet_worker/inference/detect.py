@@ -60,7 +60,8 @@ def make_engine(
         url: ``http://host:port``; a trailing ``/v1`` is ignored.
         engine: Which engine it is; ``auto`` asks the server.
         options: As :class:`~rollfleet_worker.inference.client.ServerClient` takes them: `model`,
-            `api_key`, `timeout_s`, `connect_timeout_s`, `max_connections`, `base_version`.
+            `api_key`, `timeout_s`, `connect_timeout_s`, `max_connections`, `base_version`,
+            `logprobs`.
 
     Raises:
         SettingsError: A setting makes no sense.
@@ -147,6 +148,11 @@ class AutoEngine:
     def kind(self) -> EngineKind:
         """Which engine it was when it last said so; "auto" if it never did."""
         return self._kind or "auto"
+
+    @property
+    def merges(self) -> bool:
+        """Whether several completions travel as one request; not before the server is known."""
+        return self._client is not None and self._client.merges
 
     @property
     def version(self) -> int:

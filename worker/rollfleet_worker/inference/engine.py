@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rollfleet_common.messages import NO_VERSION, Float32, Int32, VersionSpans
+from rollfleet_common.messages import NO_VERSION, Float32, Int32, LogprobsKind, VersionSpans
 
 __all__ = [
     "Completes",
@@ -89,6 +89,12 @@ class Generation:
     #: Which server made it.
     server: str
     timings: Timings = Timings()
+    #: What `logprobs` are log-probabilities of, a value of :class:`LogprobsKind`.
+    logprobs_kind: str = LogprobsKind.UNKNOWN
+    #: Temperature that it was sampled with; None if unknown.
+    temperature: float | None = None
+    #: Whether it ended by "length" because the server's context was full, before `max_tokens`.
+    context_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,13 @@ class Reply:
                 f"no JSON ({type(exc).__name__}, {len(self.body)} bytes): {self.quoted}"
             ) from exc
 
+    def object_or_none(self) -> dict[str, Any] | None:
+        """The JSON object in the body; None if it is none: a proxy may answer any path with a page."""
+        try:
+            return self.json()
+        except EngineProtocolError:
+            return None
+
     def json(self) -> dict[str, Any]:
         """The JSON object in the body.
 

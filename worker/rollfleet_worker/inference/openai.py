@@ -7,23 +7,29 @@
   `EngineProtocolError` that says so; text is never tokenised again to guess what was sampled.
 - The counts that the server reports must be those of the ids: llama.cpp leaves out the logprob of
   a token that splits a character, and some servers put a token before the prompt.
+- How sampling is stated is for :mod:`.dialects`: none of the server's own defaults applies.
 - Such a server tells no versions: what the fleet last gave it counts, else `base_version`, else
   the pinned version of the request.
 - ``transformers serve`` takes no ids, and ignores that logprobs were asked for.
 """
 
+import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
-from rollfleet_common.errors import EngineProtocolError, EngineRefusedError
-from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.errors import EngineProtocolError, EngineUnavailableError
+from rollfleet_common.messages import NO_VERSION, LogprobsKind
+from rollfleet_worker.inference.cards import read_cards
 from rollfleet_worker.inference.client import (
+    ClientOptions,
     Said,
     ServerClient,
     affinity_header,
     all_of,
     refuse_reserved,
+    seeded,
 )
+from rollfleet_worker.inference.dialects import EXTENDED, Dialect, dialect_of, stated
 from rollfleet_worker.inference.engine import Generation, Request
 from rollfleet_worker.inference.http import Reply
 from rollfleet_worker.inference.resume import ABORTED
@@ -33,6 +39,7 @@ __all__ = ["OpenAIEngine"]
 _COMPLETIONS = "/v1/completions"
 _FINISHED = frozenset({"stop", "length", ABORTED})
 _ID_PREFIX = "token_id:"
+_READ_BYTES = 8192
 _ADVICE = (
     "such a server cannot be trained from: use vLLM or SGLang, or its text face, chat(), for what "
     "is not trained on"
@@ -45,6 +52,8 @@ _RESERVED = frozenset(
         "min_p",
         "model",
         "n",
+        "n_probs",
+        "post_sampling_probs",
         "prompt",
         "return_token_ids",
         "return_tokens_as_token_ids",
@@ -61,67 +70,87 @@ _RESERVED = frozenset(
 class OpenAIEngine(ServerClient):
     """One server of OpenAI's routes; arguments as :class:`ServerClient` takes them."""
 
-    #: Whether it has completed token ids with token ids since it was last down.
-    _proven = False
+    merges = False
+
+    def __init__(self, url: str, **options: Unpack[ClientOptions]) -> None:
+        super().__init__(url, **options)
+        #: Which sampling fields the server knows; None until it was asked.
+        self._dialect: Dialect | None = None
+        self._asking = asyncio.Lock()
 
     def _forget(self) -> None:
         super()._forget()
-        self._proven = False
+        self._dialect = None
+
+    def _kind(self) -> LogprobsKind:
+        if self._logprobs is not None:
+            return self._logprobs
+        # llama.cpp's are of the whole softmax; vLLM's depend on how it was started.
+        known = {Dialect.LLAMACPP: LogprobsKind.RAW}
+        return known.get(self._dialect, self._default_kind) if self._dialect else self._default_kind
 
     def _admit(self, request: Request, n: int) -> None:
         super()._admit(request, n)
         refuse_reserved(request.sampling.extra, _RESERVED)
 
+    async def _ask(self, request: Request, n: int) -> list[Generation]:
+        try:
+            await self._learn()
+        except EngineUnavailableError:
+            self._forget()
+            raise
+        return await super()._ask(request, n)
+
+    async def _learn(self) -> None:
+        """Find out which fields the server knows, and how long its context is."""
+        if self._dialect is None:
+            async with self._asking:
+                if self._dialect is None:
+                    cards = await read_cards(self._http, optional=True)
+                    mine = [card for card in cards if card.name == self._model] or cards
+                    dialect, self._context = await dialect_of(self._http, mine)
+                    self._dialect = dialect
+
     async def _exchange(self, request: Request, n: int, salt: str) -> list[Generation]:
         if n == 1:
             return [await self._one(request, salt)]
-        seed = request.sampling.seed
-        singles = [
-            request
-            if seed is None
-            else replace(request, sampling=replace(request.sampling, seed=seed + at))
-            for at in range(n)
-        ]
-        return await all_of(self._one(one, salt) for one in singles)
+        return await all_of(self._one(one, salt) for one in seeded(request, n))
 
     async def _one(self, request: Request, salt: str) -> Generation:
         # What it was refitted to, if anybody could do that; else the weights that it came with.
         whole = self._untagged(request) if request.serves == NO_VERSION else request.serves
-        body = {**_body(request), "model": await self._chat.model(), "cache_salt": salt}
+        model = await self._chat.model()
+        named = {"model": model, "cache_salt": salt} if model else {"cache_salt": salt}
         headers = {"X-Session-ID": affinity_header(request.affinity)}
+        dialect = self._dialect or Dialect.UNKNOWN
+        body = {**_body(request, dialect), **named}
         reply = await self._http.post(_COMPLETIONS, body, headers=headers)
-        try:
-            said = _said(reply, request)
-        except EngineRefusedError as exc:
-            if self._proven:
-                raise
-            # A prompt may be at fault, but as long as no other one went through it is more likely
-            # that this server takes no ids; and then no prompt must be buried for it.
-            raise EngineProtocolError(
-                f"{exc} (it has not completed any token ids yet; if it takes none, {_ADVICE})"
-            ) from exc
-        made = self._judged(said, request, whole, reply.where)
-        self._proven = True
-        return made
+        if dialect is Dialect.UNKNOWN and _refuses_extended(reply):
+            self._dialect = Dialect.STANDARD
+            body = {**_body(request, Dialect.STANDARD), **named}
+            reply = await self._http.post(_COMPLETIONS, body, headers=headers)
+        said = _said(self._accepted(reply, request), request)
+        return self._judged(said, request, whole, reply.where)
 
 
-def _body(request: Request) -> dict[str, Any]:
+def _refuses_extended(reply: Reply) -> bool:
+    """Whether a server refuses a sampling field that is not OpenAI's."""
+    if reply.status not in (400, 422):
+        return False
+    text = reply.body[:_READ_BYTES].decode(errors="replace")
+    return any(name in text for name in EXTENDED)
+
+
+def _body(request: Request, dialect: Dialect) -> dict[str, Any]:
     sampling = request.sampling
     fields: dict[str, Any] = {
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
+        **stated(sampling, dialect),
         "logprobs": 1,
-        **sampling.extra,
         "prompt": request.token_ids.tolist(),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "stream": False,
     }
-    if sampling.top_k > 0:
-        fields["top_k"] = sampling.top_k
-    if sampling.min_p:
-        fields["min_p"] = sampling.min_p
     if sampling.stop_token_ids:
         fields["stop_token_ids"] = list(sampling.stop_token_ids)
     if sampling.seed is not None:
@@ -130,12 +159,12 @@ def _body(request: Request) -> dict[str, Any]:
 
 
 def _said(reply: Reply, request: Request) -> Said:
-    """The one completion in `reply`.
+    """The one completion in `reply`, which was accepted.
 
     Raises:
         EngineProtocolError: There is not one, or the server cannot say its tokens exactly.
     """
-    answer = reply.checked().json()
+    answer = reply.json()
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         got = len(choices) if isinstance(choices, list) else type(choices).__name__
@@ -153,7 +182,22 @@ def _said(reply: Reply, request: Request) -> Said:
             f"{reply.where}: no {' and no '.join(missing)} in the answer: {_ADVICE}"
         )
     _refuse_other_counts(answer.get("usage"), request, ids, reply.where)
-    return Said(ids, logprobs, None, finish_reason)
+    return _stopped(Said(ids, logprobs, None, finish_reason), request)
+
+
+def _stopped(said: Said, request: Request) -> Said:
+    """`said` up to its first stop token: llama.cpp does not know `stop_token_ids`, and goes on.
+
+    What comes after a stop token has no influence on what came before it, so nothing is biased.
+    """
+    stops = request.sampling.stop_token_ids
+    if not stops or not isinstance(said.token_ids, list) or not isinstance(said.logprobs, list):
+        return said
+    end = min((said.token_ids.index(one) + 1 for one in stops if one in said.token_ids), default=0)
+    if not end or end == len(said.token_ids):
+        return said
+    ids, logprobs = said.token_ids[:end], said.logprobs[:end]
+    return replace(said, token_ids=ids, logprobs=logprobs, finish_reason="stop")
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[Any, Any]:

@@ -141,6 +141,15 @@ class EnginePool:
         return self._policy.version
 
     @property
+    def merges(self) -> bool:
+        """Whether completions of one prompt are worth asking for in one request.
+
+        Not where a server would be asked for them one by one: then each stands for itself, and is
+        tried again on its own.
+        """
+        return all(getattr(m.engine, "merges", True) for m in self._members.values())
+
+    @property
     def out(self) -> bool:
         """Whether no server is in, or will be in a moment."""
         return not any(m.state in COMING for m in self._members.values())

@@ -9,24 +9,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rollfleet_common.messages import Float32, Int32, VersionSpans
+from rollfleet_common.messages import Float32, Int32, LogprobsKind, VersionSpans
 from rollfleet_worker.inference.engine import Generation, Request, Timings
 
-__all__ = ["ABORTED", "join", "rest", "resumable"]
+__all__ = ["ABORTED", "join", "rest", "resumable", "same"]
+
+T = TypeVar("T")
 
 #: What `finish_reason` says of a generation that was cut off by the server.
 ABORTED = "abort"
 _LOOKS_BACK = frozenset(
     {
         "bad_words",
+        "dry_multiplier",
         "ebnf",
         "frequency_penalty",
+        "grammar",
         "guided_decoding",
         "json_schema",
+        "mirostat",
         "presence_penalty",
         "regex",
         "repetition_detection",
@@ -43,7 +48,7 @@ _LOOKS_BACK = frozenset(
 def resumable(extra: Mapping[str, Any]) -> bool:
     """Whether sampling with these further fields may go on from a longer prompt."""
     # vLLM counts repetitions over prompt and completion, SGLang over the completion alone.
-    if extra.get("repetition_penalty", 1.0) != 1.0:
+    if any(extra.get(name, 1.0) != 1.0 for name in ("repetition_penalty", "repeat_penalty")):
         return False
     return not any(extra.get(name) for name in _LOOKS_BACK)
 
@@ -71,6 +76,11 @@ def rest(request: Request, segments: Sequence[Generation], size: int | None = No
     )
 
 
+def same(values: Sequence[T]) -> T | None:
+    """What all `values` are; None if they differ."""
+    return values[0] if all(value == values[0] for value in values) else None
+
+
 def join(segments: Sequence[Generation], finish_reason: str) -> Generation:
     """One generation out of its segments, of which there is at least one."""
     runs: list[tuple[int, int]] = []
@@ -88,6 +98,9 @@ def join(segments: Sequence[Generation], finish_reason: str) -> Generation:
         versions=VersionSpans.of(runs),
         finish_reason=finish_reason,
         server=segments[-1].server,
+        logprobs_kind=same([piece.logprobs_kind for piece in segments]) or LogprobsKind.UNKNOWN,
+        temperature=same([piece.temperature for piece in segments]),
+        context_full=segments[-1].context_full,
         timings=Timings(
             sum(piece.timings.total_s for piece in segments),
             sum(piece.timings.server_s for piece in segments),

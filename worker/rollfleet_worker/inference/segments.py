@@ -102,7 +102,7 @@ class Resumer:
                     continue
                 if exc.server in ("", course.segments[-1].server):
                     # Nothing but the length has changed since it was taken: the context is full.
-                    break
+                    return course.ended("length", told, context_full=True)
                 # One that never took any of it: its context may be shorter, or it knows less.
                 piece, why = None, EngineUnavailableError(str(exc))
             if piece is not None and not _goes_on(piece, size, course.left):
@@ -200,9 +200,13 @@ class _Course:
         self.idle = 0
         return True
 
-    def ended(self, why: str, told: Told, *last: Generation) -> Generation:
+    def ended(
+        self, why: str, told: Told, *last: Generation, context_full: bool = False
+    ) -> Generation:
         """The whole completion, which is told of where it was not known already."""
         made = join([*self.segments, *last], why)
+        if context_full:
+            made = replace(made, context_full=True)
         if self.mine or last:
             told(made)
         return made

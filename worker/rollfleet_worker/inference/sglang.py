@@ -17,7 +17,6 @@ Shapes are those of SGLang 0.5.23, and of 0.5.9 for a server that tells no spans
 source: this client has not met a real server yet.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from rollfleet_common.errors import (
@@ -25,9 +24,15 @@ from rollfleet_common.errors import (
     EngineRefusedError,
     EngineUnavailableError,
 )
-from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.messages import NO_VERSION, LogprobsKind
 from rollfleet_worker.inference.answers import parse_version
-from rollfleet_worker.inference.client import Said, ServerClient, affinity_header, all_of
+from rollfleet_worker.inference.client import (
+    Said,
+    ServerClient,
+    affinity_header,
+    all_of,
+    seeded,
+)
 from rollfleet_worker.inference.engine import Generation, Request, Sampling
 from rollfleet_worker.inference.http import Reply
 from rollfleet_worker.inference.resume import ABORTED
@@ -65,6 +70,7 @@ class SglangEngine(ServerClient):
     """One SGLang server; arguments as :class:`ServerClient` takes them."""
 
     _weights_path = "/model_info"
+    _default_kind = LogprobsKind.TEMPERED
     #: Whether the server was seen to serve the configured model.
     _checked = False
 
@@ -83,11 +89,7 @@ class SglangEngine(ServerClient):
     async def _exchange(self, request: Request, n: int, salt: str) -> list[Generation]:
         seed = request.sampling.seed
         if n > 1 and seed is not None:
-            singles = [
-                replace(request, sampling=replace(request.sampling, seed=seed + at))
-                for at in range(n)
-            ]
-            pairs = await all_of(self._exchange(one, 1, salt) for one in singles)
+            pairs = await all_of(self._exchange(one, 1, salt) for one in seeded(request, n))
             return [one for pair in pairs for one in pair]
         await self._check_model()
         before = await self._before(request)
@@ -118,7 +120,7 @@ class SglangEngine(ServerClient):
         self, reply: Reply, request: Request, n: int, before: int | None
     ) -> list[Generation]:
         """The completions in `reply`; tagged `before`, or older, where the server tags none."""
-        answers = reply.checked().parsed()
+        answers = self._accepted(reply, request).parsed()
         if n == 1 and isinstance(answers, dict):
             answers = [answers]
         if not isinstance(answers, list) or len(answers) != n:
@@ -178,6 +180,7 @@ def _sampling(sampling: Sampling) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
         **sampling.extra,
     }
     if "min_tokens" in fields:

@@ -4,7 +4,9 @@
   become one call with n = their sum; every caller gets completions of its own.
 - A seed means that the caller wants one particular completion: seeded calls are never merged.
 - A caller that is cancelled takes nobody with it; the shared call ends when all of them are.
-- When the shared call fails, every caller gets its own copy of the same typed error.
+- Nothing is merged while the engine below would ask for the completions one by one.
+- When the shared call fails, every caller gets its own copy of the same typed error; but where the
+  answer was unusable, each caller asks again alone: one bad completion spoils no other.
 
 A server prefills the shared prompt once and schedules its samples together: measured on a real
 vLLM with short completions, this doubles the rollouts per second.
@@ -75,7 +77,8 @@ class SiblingEngine:
         if self._closed:
             raise EngineUnavailableError("the inference client is closed")
         key = _key(request)
-        if key is None or not 1 <= n < self._max_merge:
+        merges = getattr(self._engine, "merges", True)
+        if key is None or not merges or not 1 <= n < self._max_merge:
             return await self._engine.generate(request, n)
         loop = asyncio.get_running_loop()
         batch = self._waiting.get(key)
@@ -109,6 +112,21 @@ class SiblingEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engine.close()
 
+    async def _alone(self, request: Request, call: _Call) -> None:
+        """Ask for what one caller wants, without the others."""
+        if call.result.done():
+            return
+        try:
+            made = await self._engine.generate(request, call.n)
+        except asyncio.CancelledError:
+            _fail([call], EngineUnavailableError("the inference client was closed"))
+            raise
+        except Exception as exc:  # noqa: BLE001 whatever it is, it is the caller's to see
+            _fail([call], exc)
+            return
+        if not call.result.done():
+            call.result.set_result(made)
+
     def _send(self, key: Hashable, batch: _Batch) -> None:
         if self._waiting.get(key) is batch:
             del self._waiting[key]
@@ -125,6 +143,12 @@ class SiblingEngine:
         except asyncio.CancelledError:
             _fail(batch.calls, EngineUnavailableError("the inference client was closed"))
             raise
+        except EngineProtocolError as exc:
+            if len(batch.calls) > 1:
+                await asyncio.gather(*(self._alone(batch.request, call) for call in batch.calls))
+            else:
+                _fail(batch.calls, exc)
+            return
         except Exception as exc:  # noqa: BLE001 whatever it is, it is the callers' to see
             _fail(batch.calls, exc)
             return

@@ -15,7 +15,7 @@ effect and no error. Its logprobs are those before temperature and top-p unless 
 from typing import Any, Literal, Unpack
 
 from rollfleet_common.errors import EngineProtocolError, SettingsError
-from rollfleet_common.messages import NO_VERSION
+from rollfleet_common.messages import NO_VERSION, LogprobsKind
 from rollfleet_worker.inference.client import (
     ClientOptions,
     Said,
@@ -75,6 +75,7 @@ class VllmEngine(ServerClient):
     """
 
     _weights_path = "/weight_info"
+    _default_kind = LogprobsKind.RAW
 
     def __init__(
         self, url: str, *, route: Route = "auto", **options: Unpack[ClientOptions]
@@ -121,6 +122,10 @@ class VllmEngine(ServerClient):
             # Older servers refuse 0 and newer ones take both.
             "top_k": sampling.top_k or -1,
             "min_p": sampling.min_p,
+            # Said aloud, or the server takes them from the model's generation_config.json.
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
             "stop_token_ids": list(sampling.stop_token_ids),
             "logprobs": 0,
         }
@@ -149,8 +154,6 @@ class VllmEngine(ServerClient):
     def _completions_body(self, request: Request, n: int, salt: str) -> dict[str, Any]:
         body: dict[str, Any] = {
             **self._sampling(request, n),
-            # Said aloud, or the server takes it from the model's generation_config.json.
-            "repetition_penalty": 1.0,
             **request.sampling.extra,
             "prompt": request.token_ids.tolist(),
             "add_special_tokens": False,
@@ -164,7 +167,7 @@ class VllmEngine(ServerClient):
         self, reply: Reply, request: Request, n: int, before: int | None, route: Route
     ) -> list[Generation]:
         """The completions in `reply`; tagged `before`, or older, where the server tags none."""
-        choices = reply.checked().json().get("choices")
+        choices = self._accepted(reply, request).json().get("choices")
         if not isinstance(choices, list) or len(choices) != n:
             got = len(choices) if isinstance(choices, list) else type(choices).__name__
             raise EngineProtocolError(f"{reply.where}: asked for {n} completions, got {got}")

@@ -8,6 +8,7 @@
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -71,7 +72,7 @@ class Context:
     async def generate(self, token_ids: Sequence[int] | Any, **overrides: Any) -> Generation:
         """Sample one completion of `token_ids`; `overrides` are fields of Sampling.
 
-        Siblings of one group that ask for the same at the same time may share one request.
+        A seed is the group's: member k draws from `seed` + k, in every attempt. Siblings of one group that ask for the same at the same time may share one request.
 
         Raises:
             EngineUnavailableError, EngineProtocolError: After the pool has tried other servers.
@@ -81,6 +82,8 @@ class Context:
         if self._engine is None:
             raise EngineUnavailableError(_NO_SERVERS)
         sampling = sampled(self._sampling, {**self.claim.prompt.sampling, **overrides})
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + self.claim.index)
         began = time.perf_counter()
         try:
             (generation,) = await self._engine.generate(
@@ -151,6 +154,9 @@ class Context:
             components=reward.components if isinstance(reward, Reward) else {},
             metrics=metrics or {},
             finish_reason=generation.finish_reason,
+            logprobs_kind=generation.logprobs_kind,
+            temperature=generation.temperature,
+            context_full=generation.context_full,
         )
 
 
