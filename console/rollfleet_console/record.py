@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from rollfleet_common.board import Board
@@ -54,6 +55,10 @@ class Tally:
     #: was frozen, or Redis was away.
     lapses: int = 0
     bytes: int = 0
+    #: Whether the trainer had let go of the run when that was last looked at.
+    released: bool = False
+    #: Whether Redis went away after that: the run has ended, and all that was read is in the file.
+    ended: bool = False
 
 
 async def record(
@@ -80,7 +85,8 @@ async def record(
 
     Raises:
         SettingsError: The run was never opened, is being recorded already, or the file exists.
-        redis.exceptions.RedisError: As redis-py said it.
+        redis.exceptions.RedisError: As redis-py said it; not when Redis goes away after the trainer
+            let go of the run, which ends the recording.
     """
     keys = RunKeys(check_name(run, "the run"))
     found = await Board(client, keys).read()
@@ -104,9 +110,15 @@ async def record(
         with writer:
             await taps.open()
             reading = _Reading(client, [_Told(part) for part in parts], writer, tally, max_bytes)
-            await _follow(taps, reading, ended, on_rows)
+            try:
+                await _follow(taps, reading, ended, on_rows)
+            except RedisConnectionError:
+                if not tally.released:
+                    raise
+                tally.ended = True
     finally:
-        await asyncio.shield(taps.leave())
+        if not tally.ended:
+            await asyncio.shield(taps.leave())
     return tally
 
 
@@ -136,6 +148,7 @@ async def _follow(
             if not rows:
                 if closed:
                     break
+                reading.tally.released = await taps.released()
                 await reading.wait()
     finally:
         await cancel_all([holding])
@@ -150,6 +163,7 @@ class _Taps:
     ) -> None:
         self.client = client
         self.name = keys.recorder
+        self.trainer = keys.trainer
         self.run = keys.run
         self.parts = parts
         self.tally = tally
@@ -194,6 +208,10 @@ class _Taps:
             await self.client.set(self.name, self.token, px=KEEP_MS // 3)
             for part in self.parts:
                 await self.client.set(part.tap, KEEP_MS, px=KEEP_MS // 3)
+
+    async def released(self) -> bool:
+        """Whether no trainer holds the run."""
+        return not await self.client.exists(self.trainer)
 
     async def close(self) -> None:
         """Nothing more is told; what was, is still there."""
@@ -333,4 +351,6 @@ async def run_recording(
         client, run, path, seconds=seconds, max_bytes=max_bytes, on_rows=say, stopping=stop
     )
     say(tally, f" in {path}\n")
+    if tally.ended:
+        sys.stderr.write("the run has ended: its trainer let go of it, and its Redis is gone\n")
     return tally

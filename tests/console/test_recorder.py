@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from fixtures.rig import Rig, prompt_of
+from fixtures.servers import MakeServer
+from redis.exceptions import ConnectionError as RedisConnectionError
 from support import wait_until_async
 
 from rollfleet_common.errors import SettingsError
@@ -181,3 +183,35 @@ async def test_a_recorder_that_another_has_followed_leaves_its_taps_alone(
             await asyncio.wait_for(one.task, 20)
     assert await rig.client.get(rig.keys.recorder) == b"another's"
     assert await rig.client.exists(rig.part.tap)
+
+
+@pytest.mark.parametrize("released", [True, False])
+async def test_a_run_whose_redis_goes_away_has_ended_if_its_trainer_let_go(
+    make_server: MakeServer, tmp_path: Path, released: bool
+) -> None:
+    server = make_server()
+    rig = Rig(server.url)
+    await rig.open()
+    exists, seen = rig.client.exists, []
+
+    async def noted(*names: str) -> int:
+        found: int = await exists(*names)
+        if names == (rig.keys.trainer,):
+            seen.append(found)
+        return found
+
+    rig.client.exists = noted
+    task = asyncio.create_task(record(rig.client, "rig", tmp_path / "x"))
+    await wait_until_async(lambda: seen[-1:] == [1], "the recorder has seen the trainer")
+    if released:
+        await rig.client.delete(rig.keys.trainer)
+        await wait_until_async(lambda: seen[-1:] == [0], "the recorder has seen it leave")
+    server.stop()
+    if released:
+        tally = await task
+        assert (tally.ended, tally.trained, rows_in(tmp_path / "x")) == (True, 0, 0)
+    else:
+        with pytest.raises(RedisConnectionError):
+            await task
+    await rig.client.aclose()
+    await rig.reader.aclose()

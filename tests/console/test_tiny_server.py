@@ -172,6 +172,28 @@ async def test_stop_tokens_and_limits(served: Served):
     assert len(PROMPT) + len(choice["token_ids"]) == served.engine.max_tokens
 
 
+async def test_stop_texts_end_a_choice(served: Served):
+    """Any text of one token ends it at once; its token counts, its text does not."""
+    texts = [text for text in VOCABULARY if len(text) == 1]
+    for stop in (texts, [*texts, "ab"]):
+        full = {"prompt": PROMPT, "ignore_eos": True, "max_tokens": 9, "return_token_ids": True}
+        answer = await served.post("/v1/completions", {**full, "stop": stop})
+        (choice,) = answer["choices"]
+        assert choice["finish_reason"] == "stop"
+        assert choice["stop_reason"] == VOCABULARY[choice["token_ids"][-1]]
+        assert not set(choice["text"]) & set(texts)
+    # Of two tokens: it ends where the first token and the second have come.
+    seeded = {"prompt": PROMPT, "ignore_eos": True, "max_tokens": 9, "seed": 5}
+    seeded |= {"return_token_ids": True}
+    (whole,) = (await served.post("/v1/completions", seeded))["choices"]
+    pair = "".join(VOCABULARY[token] for token in whole["token_ids"][2:4])
+    (cut,) = (await served.post("/v1/completions", {**seeded, "stop": pair}))["choices"]
+    length = len(cut["token_ids"])
+    assert 2 <= length <= 4
+    assert cut["token_ids"] == whole["token_ids"][:length]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", pair)
+
+
 async def test_completions_take_ids_and_text(served: Served):
     body = {"prompt": [PROMPT, PROMPT[3:]], "n": 2, "max_tokens": 4, "ignore_eos": True}
     answer = await served.post(
@@ -217,7 +239,7 @@ async def test_completions_take_ids_and_text(served: Served):
         ),
         (
             "/inference/v1/generate",
-            {"token_ids": [3], "sampling_params": {"stop": ["x"]}},
+            {"token_ids": [3], "sampling_params": {"stop": [""]}},
             400,
             "stop",
         ),

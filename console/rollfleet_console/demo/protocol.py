@@ -66,21 +66,25 @@ class _SamplingFields(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0.0, le=1.0)
     stop_token_ids: list[_TokenId] | None = None
+    stop: str | list[str] | None = None
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     logprobs: int | None = Field(None, ge=-1, le=_MOST_LOGPROBS)
     # Accepted at their neutral values only: the demo has no such machinery.
-    stop: Literal[""] | list[str] | None = None
     min_tokens: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     repetition_penalty: Literal[1] | None = None
 
     @model_validator(mode="after")
-    def _no_stop_strings(self) -> "_SamplingFields":
-        if self.stop:
-            raise ValueError("stop strings are not supported here, use stop_token_ids")
+    def _no_empty_stop(self) -> "_SamplingFields":
+        if "" in self.stops() and self.stop != "":
+            raise ValueError("stop cannot contain an empty string.")
         return self
+
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end a choice."""
+        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop or ())
 
     def sampling(self) -> Sampling:
         """The engine's settings; what is unset has vLLM's default."""
@@ -92,6 +96,7 @@ class _SamplingFields(BaseModel):
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop=self.stops(),
             ignore_eos=self.ignore_eos,
             seed=self.seed,
             logprobs=len(VOCABULARY) if self.logprobs == -1 else self.logprobs,
@@ -283,6 +288,13 @@ def _completion_logprobs(choice: Completion, count: int, *, as_ids: bool) -> dic
     }
 
 
+def _text(choice: Completion) -> str:
+    """What a choice says, up to the stop text that ended it."""
+    text = decode(choice.token_ids).replace(END, "")
+    stop = choice.stop_reason
+    return text.removesuffix(stop) if isinstance(stop, str) else text
+
+
 def completion_answer(
     body: CompletionBody,
     model: str,
@@ -301,7 +313,7 @@ def completion_answer(
             choices.append(
                 {
                     "index": len(choices),
-                    "text": decode(choice.token_ids).replace(END, ""),
+                    "text": _text(choice),
                     "logprobs": logprobs,
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,

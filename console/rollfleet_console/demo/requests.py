@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from rollfleet_console.demo.sampling import Sampling
-from rollfleet_console.demo.task import END_ID
+from rollfleet_console.demo.task import END_ID, decode
 
 __all__ = ["Completion", "EngineClosedError", "Sequence", "Stats", "Ticket", "log_line"]
 
@@ -48,8 +48,8 @@ class Completion:
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     #: "stop", "length" or "abort".
     finish_reason: str = "abort"
-    #: The stop token that ended it; None for the end-of-sequence token, length and abort.
-    stop_reason: int | None = None
+    #: The stop token or text that ended it; None for the end-of-sequence token, length and abort.
+    stop_reason: int | str | None = None
     #: First token and label of each run of tokens with one version.
     version_starts: list[tuple[int, str]] = field(default_factory=list)
     #: `weights_id` of the weights that made each token.
@@ -89,11 +89,21 @@ class Sequence:
             out.finish_reason = "stop"
         elif token in sampling.stop_token_ids:
             out.finish_reason, out.stop_reason = "stop", token
+        elif text := self._stopped():
+            out.finish_reason, out.stop_reason = "stop", text
         elif len(out.token_ids) >= self.limit:
             out.finish_reason = "length"
         else:
             return False
         return True
+
+    def _stopped(self) -> str:
+        """The stop text that the newest token completes; "" if it completes none."""
+        stop = self.ticket.sampling.stop
+        if not stop:
+            return ""
+        said = decode(self.out.token_ids)
+        return next((text for text in stop if said.endswith(text)), "")
 
 
 def log_line(ticket: Ticket, out: Completion) -> str:

@@ -30,6 +30,8 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    #: Texts that end a choice, wherever in it they end; their tokens are part of it.
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     #: Choice i of a request draws from seed + i.
     seed: int | None = None
