@@ -242,3 +242,37 @@ async def test_the_model_is_asked_for_again_after_the_server_was_down(engine_of)
     async with FakeVllm(port=fake.port, model="other") as back:
         await engine.chat(TALK, Sampling(max_tokens=5))
         assert back.seen[0].body["model"] == "other"
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize(
+    "cards",
+    [
+        [{"id": None, "object": "model", "owned_by": None}],
+        [{"id": None, "object": None, "owned_by": None, "parent": None, "meta": None}, None],
+    ],
+)
+@pytest.mark.parametrize("model", [None, "tiny"])
+async def test_routers_that_write_null_for_what_they_do_not_know(
+    engine_of, monkeypatch, kind, cards, model
+):
+    async with SERVERS[kind](version="4") as fake:
+        monkeypatch.setattr(fake, "cards", lambda: cards)
+        answered = fake.answered
+
+        def unnamed(path, body):
+            made = answered(path, body)
+            if isinstance(made, dict):
+                made["model"] = None
+            return made
+
+        monkeypatch.setattr(fake, "answered", unnamed)
+        engine = engine_of(fake.url, model=model)
+        assert await engine.ready()
+        assert engine.kind == kind
+        (one,) = await engine.generate(request_of(version=4))
+        assert one.token_ids.tolist() == [0, 1, 2, 3]
+        assert fake.seen[-1].body.get("model") in (None, model)
+        said = await engine.chat([{"role": "user", "content": "ab"}], Sampling(max_tokens=4))
+        assert said.text == "ba"
+        assert fake.seen[-1].body.get("model") in (None, model)

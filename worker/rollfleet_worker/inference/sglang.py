@@ -26,6 +26,7 @@ from rollfleet_common.errors import (
 )
 from rollfleet_common.messages import NO_VERSION, LogprobsKind
 from rollfleet_worker.inference.answers import parse_version
+from rollfleet_worker.inference.cards import read_cards
 from rollfleet_worker.inference.client import (
     Said,
     ServerClient,
@@ -42,7 +43,6 @@ __all__ = ["SglangEngine"]
 _GENERATE = "/generate"
 _FINISHED = frozenset({"stop", "length", ABORTED})
 _BROKEN = "NaN happened"
-_PROBE_S = 5.0
 #: Sampling parameters of the release that are not fields of Sampling; `min_tokens` is renamed.
 _EXTRA = frozenset(
     {
@@ -104,12 +104,11 @@ class SglangEngine(ServerClient):
         """See that the server serves our model: ``/generate`` takes no name, and would not mind."""
         if self._model is None or self._checked:
             return
-        reply = await self._http.get("/v1/models", timeout_s=_PROBE_S)
-        listed = reply.checked().json().get("data")
-        cards = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-        # An adapter has a parent: /generate would sample from that, and nobody would notice.
-        names = [card.get("id") for card in cards if not card.get("parent")]
-        if self._model not in names:
+        # Adapters are not among them: /generate would sample from what an adapter belongs to, and
+        # nobody would notice.
+        names = [card.name for card in await read_cards(self._http)]
+        # A router that does not know its models names none.
+        if self._model not in names and (any(names) or not names):
             raise EngineUnavailableError(
                 f"{self.name} serves {names}, not {self._model!r}: check this server's url and "
                 f"model name (a LoRA adapter cannot be named here)"
