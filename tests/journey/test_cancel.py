@@ -96,7 +96,7 @@ def test_an_episode_that_became_too_old_is_stopped(
         fleet.publish()
         settled(fleet, stale=2)
         # The first to be given up dooms the group, so the trainer may have cancelled the other.
-        assert worker.metric("rollfleet_cancelled_total") >= 1
+        wait_until(lambda: worker.metric("rollfleet_cancelled_total") >= 1, "it was counted")
         wait_until(lambda: worker.metric("rollfleet_slots_busy") == 0, "the slots are free")
 
 
