@@ -3,7 +3,8 @@
 - Flags win over ``ROLLFLEET_*`` variables, these over the TOML file, and that over the defaults. A
   list or table is taken whole from one place, never merged.
 - Nothing is guessed: an unknown name is an error that names the nearest known one. Only variables
-  are warned about instead, because other parts (and Kubernetes) share the prefix.
+  are warned about instead, because other parts share the prefix. Those that Kubernetes sets for a
+  Service whose name begins with ``rollfleet`` are ignored, or refused where they hit a setting.
 - Every message says which value is wrong, what is allowed and where the value came from, and never
   shows a secret.
 
@@ -50,6 +51,12 @@ ENV_PREFIX = "ROLLFLEET_"
 PARTS = ("worker", "trainer", "console")
 #: Variables with the prefix that are no settings.
 _OTHER_ENV = ("ROLLFLEET_CONFIG", "ROLLFLEET_TEST_")
+#: What Kubernetes adds to a pod's variables for every Service: that of `rollfleet-redis` begins with
+#: ROLLFLEET_REDIS_.
+_SERVICE_LINK = re.compile(
+    r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://")
 
 _log = logging.getLogger("rollfleet.settings")
 
@@ -207,8 +214,10 @@ class Settings(BaseSettings):
     @classmethod
     def _from_env(cls) -> dict[str, tuple[Any, str]]:
         known = {ENV_PREFIX + name.upper(): name for name in cls.model_fields}
-        for said in sorted(os.environ):
+        for said, value in sorted(os.environ.items()):
             if not said.startswith(ENV_PREFIX) or said in known or said.startswith(_OTHER_ENV):
+                continue
+            if _is_service_link(said, value):
                 continue
             bare = said.removeprefix(ENV_PREFIX).lower()
             near = difflib.get_close_matches(bare, cls.model_fields, 1, 0.7)
@@ -268,6 +277,14 @@ class Settings(BaseSettings):
         where = "".join(f"[{part!r}]" for part in error["loc"][1:])
         if name not in values:
             return f"{name}{where}: {said}"
+        variable = ENV_PREFIX + name.upper()
+        if origins[name] == f"variable {variable}" and _is_service_link(variable, values[name]):
+            flag = _flag(name, cls.model_fields[name])
+            service = variable.removesuffix("_PORT").lower().replace("_", "-")
+            said = (
+                f"Kubernetes sets this variable for the Service {service!r}; set enableServiceLinks: "
+                f"false in the pod's spec, rename the Service, or give {flag}, which wins"
+            )
         return f"{name}{where} = {cls._shown(name, values[name])} (from {origins[name]}): {said}"
 
     @classmethod
@@ -277,6 +294,12 @@ class Settings(BaseSettings):
             return "***"
         # Also where somebody forgot the scheme.
         return re.sub(r"://[^@/\s]*@|[\w.%+~-]+:[^@/\s'\"]+@", _masked, repr(value))
+
+
+def _is_service_link(variable: str, value: Any) -> bool:
+    if _SERVICE_LINK.fullmatch(variable):
+        return True
+    return variable.endswith("_PORT") and _SERVICE_LINK_URL.match(str(value)) is not None
 
 
 def _masked(found: "re.Match[str]") -> str:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.settings import Settings
 from rollfleet_common.units import parse_seconds
@@ -209,7 +210,7 @@ def test_unknown_variables_are_warned_about(
 ) -> None:
     env |= {
         "ROLLFLEET_SLTOS": "3",
-        "ROLLFLEET_SERVICE_HOST": "10.0.0.1",
+        "ROLLFLEET_HOST": "10.0.0.1",
         "ROLLFLEET_TEST_REDIS": "embedded",
         "ROLLFLEET_CONFIG": "",
         "SLOTS": "3",
@@ -217,12 +218,71 @@ def test_unknown_variables_are_warned_about(
     with caplog.at_level(logging.WARNING):
         WorkerSettings.load(argv=FLOW)
     assert [record.getMessage() for record in caplog.records] == [
-        "variable ROLLFLEET_SERVICE_HOST is no setting of rollfleet worker and is ignored",
+        "variable ROLLFLEET_HOST is no setting of rollfleet worker and is ignored",
         (
             "variable ROLLFLEET_SLTOS is no setting of rollfleet worker and is ignored; did you mean "
             "ROLLFLEET_SLOTS?"
         ),
     ]
+
+
+def service_links(service: str) -> dict[str, str]:
+    """The variables that Kubernetes sets in a pod for a Service, with a named port."""
+    prefix = service.upper().replace("-", "_")
+    tcp = f"{prefix}_PORT_6379_TCP"
+    return {
+        f"{prefix}_SERVICE_HOST": "10.0.0.9",
+        f"{prefix}_SERVICE_PORT": "6379",
+        f"{prefix}_SERVICE_PORT_METRICS": "6379",
+        f"{prefix}_PORT": "tcp://10.0.0.9:6379",
+        tcp: "tcp://10.0.0.9:6379",
+        f"{tcp}_PROTO": "tcp",
+        f"{tcp}_PORT": "6379",
+        f"{tcp}_ADDR": "10.0.0.9",
+    }
+
+
+@pytest.mark.parametrize("service", ["rollfleet", "rollfleet-redis", "rollfleet-servers"])
+@pytest.mark.parametrize("part", [WorkerSettings, TrainerSettings, Settings])
+def test_what_kubernetes_sets_for_a_service_is_ignored(
+    env: dict[str, str], caplog: pytest.LogCaptureFixture, service: str, part: type[Settings]
+) -> None:
+    env |= service_links(service)
+    argv = FLOW if part is WorkerSettings else []
+    with caplog.at_level(logging.WARNING):
+        assert part.load(argv=argv).model_fields_set <= {"workflows"}
+    assert not caplog.records
+
+
+def test_what_kubernetes_sets_in_place_of_a_setting_is_named(env: dict[str, str]) -> None:
+    env |= service_links("rollfleet-health")
+    assert refused(*FLOW) == (
+        "health_port = 'tcp://10.0.0.9:6379' (from variable ROLLFLEET_HEALTH_PORT): Kubernetes sets "
+        "this variable for the Service 'rollfleet-health'; set enableServiceLinks: false in the "
+        "pod's spec, rename the Service, or give --health-port, which wins"
+    )
+    assert WorkerSettings.load(argv=[*FLOW, "--health-port", "9100"]).health_port == 9100
+
+
+@pytest.mark.parametrize("part", [WorkerSettings, TrainerSettings])
+def test_no_other_setting_can_be_set_by_kubernetes(
+    env: dict[str, str], part: type[Settings]
+) -> None:
+    """A Service may have any name: each of its variables hits no setting, or is refused."""
+    for name in part.model_fields:
+        words = name.split("_")
+        for end in range(1, len(words) + 1):
+            service = "-".join(["rollfleet", *words[:end]])
+            hit = service_links(service).keys() & {
+                f"ROLLFLEET_{f.upper()}" for f in part.model_fields
+            }
+            if not hit:
+                continue
+            env |= service_links(service)
+            argv = FLOW if part is WorkerSettings else []
+            with pytest.raises(SettingsError, match="enableServiceLinks"):
+                part.load(argv=argv)
+            env.clear()
 
 
 def test_the_console_warns_of_its_own_names_only(

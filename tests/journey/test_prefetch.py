@@ -601,12 +601,15 @@ async def test_whatever_happens_batches_are_fresh_and_the_books_balance(
         prefetch=depth,
     ) as hand:
         chance = Chance(hand, random.Random(seed))
-        for _ in range(120):
+        steps = 0
+        # How many calls find a batch in time depends on the machine: go on until enough have.
+        while steps < 120 or len(chance.seen) <= 40:
             await chance.step()
+            steps += 1
             assert hand.fleet.payloads.samples <= (depth + 1) * 12, "what is loaded is bounded"
         for batch in chance.handed:
             await hand.fleet.commit(batch)
         books = await hand.balanced()
         left = sum(len(g.members) for g in hand.fleet.consumer.ready.values())
-        assert books.committed == len(chance.seen) > 40
+        assert books.committed == len(chance.seen)
         assert books.committed + sum(books.dropped.values()) + left == 4 * chance.made
