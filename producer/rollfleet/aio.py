@@ -196,6 +196,7 @@ class AsyncFleet:
             self.submitter.feeder.stop()
         await self._background.close()
         await self.consumer.close()
+        await self.commits.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
         await self.refits.close()
         await self._disconnect()

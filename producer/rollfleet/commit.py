@@ -2,10 +2,12 @@
 
 - The plan is the commit point. Partitions are rolled forward from it, by this trainer or, if it
   dies in between, by the next one (:mod:`rollfleet.recover`).
+- A batch has the version at which its plan stands written: if another one was published while it
+  was being written, the plan is withdrawn, and the batch is chosen again.
 - Credit returns once per sample, when it is trained, however often the step is repeated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rollfleet.batch import Batch
@@ -13,6 +15,7 @@ from rollfleet.capacity import Pacer
 from rollfleet.consume import Consumer
 from rollfleet.groups import Group
 from rollfleet.line import Line
+from rollfleet.owned import Owned
 from rollfleet.recover import Plan
 from rollfleet_common.board import Board
 from rollfleet_common.errors import RollfleetError
@@ -34,6 +37,7 @@ class Commits:
         consumer: Consumer,
         pacer: Pacer,
         line: Line,
+        version: Callable[[], int],
         number: int,
         collate: Mapping[str, Any],
     ) -> None:
@@ -43,12 +47,19 @@ class Commits:
         self.consumer = consumer
         self.pacer = pacer
         self.line = line
+        self.version = version
         #: Number of the last batch that was handed over.
         self.number = number
         self.collate = collate
         self.open: list[Batch] = []
         #: The version that was handed over last, and how many samples it got so far.
         self.given = (NO_VERSION, 0)
+        #: Writes of plans: one at a time, each carried to its end.
+        self._writes = Owned("rollfleet-plan")
+
+    async def close(self) -> None:
+        """Give up a write that is under way; the token of the next trainer shuts it out."""
+        await self._writes.close()
 
     async def hand_over(
         self,
@@ -59,12 +70,10 @@ class Commits:
     ) -> Batch | None:
         """Plan a batch of `groups`, judged fresh at `version`, and make it.
 
-        None if Redis turned out to have lost the run: its groups were sent again.
+        None if they must be chosen and judged again; see :meth:`write`.
         """
-        life = self.consumer.life
         number = await self.write(groups, version)
-        if self.consumer.life != life:
-            await self.withdraw(number)
+        if not number:
             return None
         self.consumer.hand(groups)
         return self.opened(number, groups, rollouts, version, waited_s)
@@ -72,11 +81,21 @@ class Commits:
     async def write(self, groups: Sequence[Group], version: int) -> int:
         """Write that the next batch is of `groups`; returns its number, which :meth:`opened` takes.
 
-        A call that is cancelled here leaves its number, and so its plan, to the next one: a plan
-        of a batch that nobody got would let a later checkpoint commit what was never trained.
+        0 if another version was published meanwhile, or Redis lost the run: what was written is
+        withdrawn, and the groups must be chosen and judged again. A call that is cancelled here
+        leaves its number, and so its plan, to the next one: a plan of a batch that nobody got
+        would let a later checkpoint commit what was never trained.
+
+        Args:
+            groups: Ready, and judged fresh at `version`.
+            version: The trainer's when they were judged.
         """
         number = self.number + 1
         await self._plan(number, Plan.of(number, "handed", groups, version).dumps())
+        ready = self.consumer.ready
+        if self.version() != version or any(ready.get(g.name) is not g for g in groups):
+            await self.withdraw(number)
+            return 0
         return number
 
     async def withdraw(self, number: int) -> None:
@@ -167,4 +186,12 @@ class Commits:
         }
 
     async def _plan(self, number: int, plan: bytes | None) -> None:
+        """Write the plan of a batch, or forget it; to the end, though the caller be cancelled.
+
+        A write that was left to itself could reach Redis after the next one, and undo that.
+        """
+        await self._writes.idle()
+        await self._writes(self._put(number, plan))
+
+    async def _put(self, number: int, plan: bytes | None) -> None:
         await self.line(lambda: self.board.plan(self.token, number, plan), f"plan batch {number}")

@@ -1,7 +1,8 @@
 """Waiting for groups: the next batch of any, a batch of these very prompts, or an evaluation.
 
 - Nothing leaves here that was not judged at the version it leaves with: if one was published while
-  payloads were loaded, or since a batch was prepared, everything is judged again.
+  payloads were loaded or the plan was written, or since a batch was prepared, everything is judged
+  again.
 - Every wait is bounded, logs what it waits for, and ends in a StarvedError that says so. Nothing
   that came is lost by that.
 """

@@ -28,6 +28,11 @@ class Owned:
         task.add_done_callback(self._ended)
         await asyncio.shield(task)
 
+    async def idle(self) -> None:
+        """Wait until none of it is under way."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
     def check(self) -> None:
         """Raise what failed first, if anything did."""
         if self._error is not None:

@@ -134,6 +134,7 @@ class Parts:
             consumer=self.consumer,
             pacer=needs.pacer,
             line=line,
+            version=version,
             number=number,
             collate={"max_bytes": s.max_batch_bytes, **needs.collate},
         )

@@ -593,3 +593,38 @@ def test_a_plan_that_a_failed_round_kept_from_the_ranks_is_said_again(redis_url:
     with ThreadWorker(redis_url, RUN):
         outcomes, _ = run_ranks(redis_url, 2, program, run=RUN)
     assert values(outcomes) == [(9, {0})] * 2
+
+
+@pytest.mark.leaves_keys("the feed is longer than the test")
+@pytest.mark.parametrize(("policy", "bound"), [("drop", 0), ("mask", 1)])
+def test_a_version_published_while_the_plan_is_written_is_the_one_that_counts(
+    redis_url: str, policy: str, bound: int
+) -> None:
+    def program(fleet: rollfleet.RankFleet) -> Any:
+        if fleet.leader is not None:
+            aio = fleet.leader.aio
+            plan, done = aio.board.plan, []
+
+            async def meddled(token: str, number: int, packed: bytes | None) -> None:
+                await plan(token, number, packed)
+                if len(done) < 3:
+                    done.append(await aio.publish())
+
+            aio.board.plan = meddled  # type: ignore[method-assign]
+        fleet.feed(prompts(40))
+        seen = []
+        for batch in fleet.batches(3):
+            if fleet.leader is not None:
+                assert batch.version == fleet.leader.version
+            seen.append((batch.number, batch.version, batch.stats["rollfleet/staleness_max"]))
+            fleet.publish()
+        return seen
+
+    with ThreadWorker(redis_url, RUN):
+        outcomes, _ = run_ranks(
+            redis_url, 2, program, run=RUN, policy=policy, max_staleness=bound, fresh=True
+        )
+    one, other = values(outcomes)
+    assert one == other
+    assert [number for number, _, _ in one] == [1, 2, 3]
+    assert all(age <= bound for _, _, age in one)

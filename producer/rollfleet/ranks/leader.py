@@ -135,22 +135,25 @@ class Leader:
             RollfleetError: Whatever a part of the fleet failed with in the background.
         """
         await self._undo(bad)
-        version = self.fleet.version
+        fleet = self.fleet
         if (plan := self._plan) is not None and plan.want == want:
             if plan.plan != at_hand:
-                return Word(version, plan=plan.plan)
-            number = await self._write(plan.groups)
-            if number:
+                return Word(fleet.version, plan=plan.plan)
+            written = await self._write(plan.groups)
+            if written is not None:
                 self._ahead = await self._plan_ahead(want)
-                return Word(version, number, "" if self._ahead is None else self._ahead.plan)
+                if fleet.version != written.version:
+                    return Word(fleet.version)  # undone, and judged again, in the next round
+                ahead = "" if self._ahead is None else self._ahead.plan
+                return Word(written.version, written.number, ahead)
         self._plan = None
         groups = await self._pick(want, limit_s)
         if groups is None:
-            return Word(version)
+            return Word(fleet.version)
         if not groups:
-            return Word(version, ended=True)
+            return Word(fleet.version, ended=True)
         self._plan = await self._propose(groups, want)
-        return Word(version, plan=self._plan.plan)
+        return Word(fleet.version, plan=self._plan.plan)
 
     async def go(self, conclusion: Conclusion, waited_s: float) -> Batch:
         """Every rank has agreed to the plan at hand: the whole batch, without samples."""
@@ -220,22 +223,21 @@ class Leader:
 
     # ---- the commit point --------------------------------------------------------------------
 
-    async def _write(self, groups: Sequence[Group]) -> int:
-        """Judge `groups` now, and write the record of their batch; 0: they must be cut anew."""
+    async def _write(self, groups: Sequence[Group]) -> _Written | None:
+        """Judge `groups` now, and write the record of their batch; None: they must be cut anew."""
         fleet = self.fleet
         fresh = await fleet.gather.recheck(groups)
+        version = fleet.version
         if len(fresh) < len(groups) or fleet.gather.must_wait(groups):
-            return 0
-        version, ready = fleet.version, fleet.consumer.ready
+            return None
         number = await fleet.commits.write(groups, version)
-        if any(ready.get(group.name) is not group for group in groups):
-            await fleet.commits.withdraw(number)  # Redis lost the run while we wrote
-            return 0
+        if not number:
+            return None
         out = fleet.consumer.out
         prompts = {group.name: out[group.name] for group in groups if group.name in out}
         self._written = _Written(number, version, fleet.consumer.life, prompts)
         fleet.consumer.hand(groups)
-        return number
+        return self._written
 
     async def _undo(self, bad: Mapping[str, str]) -> None:
         """Take back what was written and not agreed to, and drop what the ranks could not use."""
