@@ -12,7 +12,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -76,6 +76,8 @@ class Server:
     #: Takes nothing new; what runs there ends.
     draining: bool = False
     added_ms: int = 0
+    #: A router: URLs of the servers behind it, which the trainer refits in its place.
+    behind: tuple[str, ...] = ()
 
 
 class WeightState(StrEnum):
@@ -123,19 +125,22 @@ class Servers:
         Raises:
             SettingsError: Its URL is none, or holds a password.
         """
-        if server_url(server.url) != server_name(server.url):
-            raise SettingsError(
-                f"server {server_name(server.url)!r} cannot be registered as it is written: all who "
-                "may look at the run read it, so a key belongs into the workers' api_key; and URLs "
-                "are written in one way (server_url)"
-            )
+        for url in (server.url, *server.behind):
+            if server_url(url) != server_name(url):
+                raise SettingsError(
+                    f"server {server_name(url)!r} cannot be registered as it is written: all who "
+                    "may look at the run read it, so a key belongs into the workers' api_key; and "
+                    "URLs are written in one way (server_url)"
+                )
+        if server.url in server.behind:
+            raise SettingsError(f"server {server.url!r} cannot stand behind itself")
         return await self._change(server.url, lambda _: server) is None
 
     async def drain(self, url: str, *, draining: bool = True) -> bool:
         """Have `url` take nothing new (or again something); False if it is not registered."""
 
         def drained(old: Server | None) -> Server | None:
-            return None if old is None else Server(old.url, old.engine, draining, old.added_ms)
+            return None if old is None else replace(old, draining=draining)
 
         return await self._change(url, drained) is not None
 
@@ -157,7 +162,10 @@ class Servers:
                 if new is None:
                     return old
                 pipe.multi()
-                row = {"engine": new.engine, "draining": new.draining, "added_ms": new.added_ms}
+                row: dict[str, Any] = {"engine": new.engine, "draining": new.draining}
+                row |= {"added_ms": new.added_ms}
+                if new.behind:
+                    row["behind"] = list(new.behind)
                 pipe.hset(self.keys.servers, url, json.dumps(row))
                 pipe.xadd(self.keys.news, {"servers": 1}, maxlen=_NEWS, approximate=False)
                 try:
@@ -236,6 +244,7 @@ def _server(url: str, text: bytes) -> Server:
         str(raw.get("engine", "auto")),
         bool(raw.get("draining")),
         int(raw.get("added_ms", 0)),
+        tuple(server_url(str(one)) for one in raw.get("behind") or ()),
     )
 
 

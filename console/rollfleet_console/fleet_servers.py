@@ -31,6 +31,7 @@ def gather(
     rows = {server_name(url): row for url, row in weights.items()}
     views = [(view, worker) for worker in live for view in worker.servers]
     names = sorted({*registered, *rows, *(view.name for view, _ in views)})
+    routers = {one: server.url for server in registered.values() for one in server.behind}
     found: list[FleetServer] = []
     for name in names:
         mine = [view for view, _ in views if view.name == name]
@@ -44,7 +45,8 @@ def gather(
                 draining=server is not None and server.draining,
                 weights="" if row is None else row.state.value,
                 version=None if row is None or row.version < 0 else row.version,
-                why=_why(row, [view.why or view.error for view in mine if not view.up]),
+                why=_why(row, [view.why or view.error for view in mine if not view.up])
+                or (f"behind {routers[name]}" if name in routers else ""),
                 states=dict(Counter(view.state for view in mine)),
                 in_flight=sum(view.in_flight for view in mine),
                 limit=sum(view.limit for view in mine),

@@ -38,10 +38,11 @@ def _registry(client: Any, run: str) -> Any:
     return Servers(client, RunKeys(check_name(run, "the run")))
 
 
-def _row(url: str, engine: Engine, *, draining: bool = False) -> Any:
+def _row(url: str, engine: Engine, *, draining: bool = False, behind: str = "") -> Any:
     from rollfleet_common.servers import Server, server_url  # noqa: PLC0415  # heavy
 
-    return Server(server_url(url), engine.value, draining)
+    others = tuple(server_url(one) for one in behind.split(",") if one.strip())
+    return Server(server_url(url), engine.value, draining, behind=others)
 
 
 async def _add(client: Any, run: str, row: Any) -> bool:
@@ -55,12 +56,19 @@ async def _add(client: Any, run: str, row: Any) -> bool:
 def server_add(
     url: Url,
     engine: Annotated[Engine, typer.Option(help="What it runs; auto asks it.")] = Engine.AUTO,
+    behind: Annotated[
+        str,
+        typer.Option(
+            help="It is a router: the servers behind it, which the trainer refits in its place.",
+            metavar="URL,URL",
+        ),
+    ] = "",
     redis_url: RedisUrl = None,
     run: Run = None,
     config: Config = None,
 ) -> None:
     """Register a server: workers use it as soon as it answers and holds the run's weights."""
-    row = _row(url, engine)
+    row = _row(url, engine, behind=behind)
     settings = settings_of(redis_url, run, config)
     new = ask(settings, lambda client, name: _add(client, name, row))
     typer.echo(f"{row.url}: {'added' if new else 'registered anew'}")

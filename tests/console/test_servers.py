@@ -102,10 +102,26 @@ async def test_what_the_commands_write(rig: Rig, redis_url: str) -> None:
     assert await known() == {B: ("auto", True)}
 
 
+async def test_a_router_is_registered_with_the_servers_behind_it(rig: Rig, redis_url: str) -> None:
+    registry = Servers(rig.client, rig.keys)
+    assert (await cli(redis_url, "add", A, "--behind", f"{B}/v1, {C}")).exit_code == 0
+    assert (await registry.read())[0][A].behind == (B, C)
+    await cli(redis_url, "drain", A)
+    await cli(redis_url, "undrain", A)
+    (row,) = (await registry.read())[0].values()
+    assert (row.draining, row.behind) == (False, (B, C))
+    await registry.tell(TOKEN, [ServerWeights(B, WeightState.SERVING, 4)])
+    listed = json.loads((await cli(redis_url, "list", "--json")).stdout)
+    assert [(one["name"], one["why"]) for one in listed] == [(A, ""), (B, f"behind {A}")]
+
+
 async def test_what_the_commands_refuse(rig: Rig, redis_url: str) -> None:
     for args, said in (
         (("add", "b:1"), "should be a URL such as"),
         (("add", "http://me:secret@b:1"), "a key belongs into the workers' api_key"),
+        (("add", A, "--behind", "http://me:secret@b:1"), "a key belongs into the workers' api_key"),
+        (("add", A, "--behind", "b:1"), "should be a URL such as"),
+        (("add", A, "--behind", f"{B},{A}/"), "cannot stand behind itself"),
         (("undrain", A), "is not registered: see `rollfleet server list`"),
         (("remove", A), "One that workers were started with can be drained only"),
     ):

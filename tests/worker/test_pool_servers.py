@@ -227,7 +227,7 @@ async def test_a_server_serves_by_its_row_only(rig_of):
     ]
     rig.apply(rows=rows)
     assert rig.states == {"s0": "serving", "s1": "stale", "s2": "refitting", "s3": "stale"}
-    why = {one.name: one.why for one in rig.pool.states()}
+    why = {one.name: one.why.partition(" (")[0] for one in rig.pool.states()}
     assert why == {
         "s0": "",
         "s1": "HTTP 500",
@@ -244,15 +244,57 @@ async def test_a_server_serves_by_its_row_only(rig_of):
     assert set(rig.states.values()) == {"trial"}
 
 
+def routed(rig, *behind, rows):
+    """Tell that s0 is a router."""
+    known = {"s0": registry.Server("s0", behind=behind)}
+    rig.pool.apply(known, {row.url: row for row in rows}, BOARD)
+    (one,) = rig.pool.states()
+    return one.state.value, one.why
+
+
+async def test_a_router_serves_while_all_behind_it_do_and_as_old_as_the_oldest(rig_of):
+    rig = rig_of("s0")
+    await rig.served_by()
+    both = [row("e1", 3), row("e2", 2)]
+    rig.apply(rows=both)
+    assert rig.states == {"s0": "stale"}  # nobody has said what it is
+    assert routed(rig, "e1", "e2", rows=both) == ("trial", "")
+    assert await rig.served_by() == "s0"
+    assert rig.made["s0"].serves[-1] == 2
+    later = (time.time() + 60) * 1000
+    halfway = [row("e1", 3), refitting("e2", later)]
+    assert routed(rig, "e1", "e2", rows=halfway) == ("refitting", "e2 behind it: being refitted")
+    assert routed(rig, "e1", "e2", rows=[row("e1", 4), row("e2", 4)]) == ("serving", "")
+    broken = [row("e1", 4), row("e2", 3, state=WeightState.STALE, why="HTTP 500")]
+    assert routed(rig, "e1", "e2", rows=broken) == ("stale", "e2 behind it: HTTP 500")
+    missing = routed(rig, "e1", "e2", rows=broken[:1])
+    assert missing[0] == "stale"
+    assert missing[1].startswith("e2 behind it: the trainer has not refitted it")
+    ahead = [row("e1", 9, epoch=0), row("e2", 3)]
+    assert routed(rig, "e1", "e2", rows=ahead)[0] == "stale"
+    assert routed(rig, "e1", "e2", rows=[row("e1", 4), row("e2", 4)]) == ("trial", "")
+
+
+async def test_a_router_that_answers_with_older_weights_is_suspect_until_it_does_not(rig_of):
+    rig = rig_of("s0", patience=Patience(backoff_s=60.0, max_backoff_s=60.0), tries=1)
+    await rig.served_by()
+    routed(rig, "e1", "e2", rows=[row("e1"), row("e2")])
+    rig.made["s0"].script.append(StaleServerError("older", 3, 1))
+    with pytest.raises(StaleServerError):
+        await rig.served_by()
+    assert (rig.states, rig.disagreements) == ({"s0": "suspect"}, 1)
+
+
 async def test_a_new_server_of_a_run_that_refits_is_refitted_before_it_serves(rig_of):
     rig = rig_of("s0")
     rig.apply("s1", rows=[row("s0")])
     new = rig.made["s1"]
     await rig.until(s0="serving", s1="starting")
     assert {await rig.served_by(str(i)) for i in range(10)} == {"s0"}
-    assert {one.name: one.why for one in rig.pool.states()}[
-        "s1"
-    ] == "the trainer has not refitted it"
+    why = {one.name: one.why for one in rig.pool.states()}["s1"]
+    assert why.startswith(
+        "the trainer has not refitted it (if it is a router: rollfleet server add"
+    )
     rig.apply("s1", rows=[row("s0"), row("s1")])
     await rig.until(s0="serving", s1="serving")
     assert new.probes == 1

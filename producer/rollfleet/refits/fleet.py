@@ -85,12 +85,19 @@ class Refits:
     async def look(self) -> tuple[dict[str, Server], dict[str, ServerWeights]]:
         """The servers of the run, also those that drain, and their rows in Redis, by URL.
 
+        A router is not among them, but the servers behind it are.
+
         Raises:
             SupersededError: Another trainer has opened the run.
         """
         registered, rows = await self.line(self.servers.read, "read the registered servers")
         static = {server_name(url): Server(url) for url in self.settings.servers}
-        return static | registered, rows
+        known = static | registered
+        for url, router in registered.items():
+            if router.behind:
+                del known[url]
+        behind = (one for router in registered.values() for one in router.behind)
+        return {one: Server(one) for one in behind} | known, rows
 
     # ---- rows --------------------------------------------------------------------------------
 

@@ -4,16 +4,18 @@
   for the server to tell.
 - Otherwise a server serves only by a row that says so. No row, a refit that outlived its time, a row
   of an earlier epoch that is ahead of the board, a row that the server itself has belied: out.
+- A router serves while every server behind it does, and as old weights as the oldest of them.
 - Pure: rows, the board and a clock in; a verdict out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.servers import ServerWeights, WeightState
 from rollfleet_worker.inference.states import Event
 
-__all__ = ["UNGATED", "Stand", "stand_of"]
+__all__ = ["UNGATED", "Stand", "router_stand", "stand_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Stand:
         """Whether servers are refitted in this run, and this one never was."""
         return self.event is Event.OUTDATED and self.row is None
 
+
+_IF_ROUTER = "if it is a router: rollfleet server add URL --behind URL,URL"
 
 UNGATED = Stand(Event.CURRENT)
 
@@ -70,7 +74,7 @@ def stand_of(
     if not gated:
         return UNGATED
     if row is None:
-        return Stand(Event.OUTDATED, why="the trainer has not refitted it")
+        return Stand(Event.OUTDATED, why=f"the trainer has not refitted it ({_IF_ROUTER})")
     if row.state is WeightState.REFITTING:
         if now_ms <= row.until_ms:
             return Stand(Event.REFIT, row.version, "being refitted", row)
@@ -85,3 +89,17 @@ def stand_of(
         why = f"it holds version {row.version} of an earlier epoch; the run is at {policy.version}"
         return Stand(Event.OUTDATED, row.version, why, row)
     return Stand(Event.CURRENT, row.version, row=row)
+
+
+def router_stand(stands: Mapping[str, Stand]) -> Stand:
+    """The verdict on a router.
+
+    Args:
+        stands: Of the servers behind it, by URL; at least one.
+    """
+    for event in (Event.OUTDATED, Event.REFIT):
+        for url, stand in stands.items():
+            if stand.event is event:
+                # Its pause is not to be ended through the router: that may reach any of them.
+                return replace(stand, why=f"{url} behind it: {stand.why}", expired=False)
+    return min(stands.values(), key=lambda stand: stand.serves)

@@ -46,6 +46,8 @@ class Member:
     static: bool = True
     #: Which client was asked for when it was registered.
     kind: str = "auto"
+    #: A router: the servers behind it, whose rows count in place of its own.
+    behind: tuple[str, ...] = ()
     state: ServerState = ServerState.STARTING
     stand: Stand = UNGATED
     #: The row that the server itself proved wrong, and how.

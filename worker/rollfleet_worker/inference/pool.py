@@ -32,7 +32,7 @@ from rollfleet_worker.inference.engine import (
     Sampling,
     TextAnswer,
 )
-from rollfleet_worker.inference.gate import stand_of
+from rollfleet_worker.inference.gate import Stand, router_stand, stand_of
 from rollfleet_worker.inference.limiter import Limiter
 from rollfleet_worker.inference.members import Member, ServerStatus
 from rollfleet_worker.inference.monitor import Monitor
@@ -177,6 +177,8 @@ class EnginePool:
                 self._breaker.move(member, Event.UNDRAIN)
             else:
                 self._breaker.move(member, Event.DRAIN)
+        for name, member in self._members.items():
+            member.behind = servers[name].behind if name in servers else ()
         for member in list(self._members.values()):
             self._restand(member)
 
@@ -219,21 +221,26 @@ class EnginePool:
             member.recheck.cancel()
             member.recheck = None
         now_ms = self._clock.now_ms()
-        row = self._weights.get(member.name)
         # A server that was just registered waits for its first weights, also if it is the first.
         gated = bool(self._weights) or (self._policy.refits and not member.static)
-        if not self._weights and self._policy.refits and member.stand.event is not Event.CURRENT:
-            # Redis lost the rows, the trainer writes them again: who was out stays out until then.
-            row, gated = member.stand.row, True
-        stand = stand_of(
-            row,
-            gated=gated,
-            policy=self._policy,
-            now_ms=now_ms,
-            read_ms=self._read_ms,
-            belied=member.belied,
-            belied_by=member.belied_by,
-        )
+        # Redis lost the rows, the trainer writes them again: who was out stays out until then.
+        lost = not self._weights and self._policy.refits and member.stand.event is not Event.CURRENT
+
+        def judged(name: str) -> Stand:
+            return stand_of(
+                member.stand.row if lost else self._weights.get(name),
+                gated=gated or lost,
+                policy=self._policy,
+                now_ms=now_ms,
+                read_ms=self._read_ms,
+                belied=member.belied,
+                belied_by=member.belied_by,
+            )
+
+        if member.behind and not lost:
+            stand = router_stand({url: judged(url) for url in member.behind})
+        else:
+            stand = judged(member.name)
         member.stand = stand
         if stand.event is Event.REFIT and stand.row is not None:
             # The follower may be cut off from Redis when the refit's time is over.
@@ -248,7 +255,8 @@ class EnginePool:
         """`member` does not hold the weights that `row` says."""
         if self._disagreed is not None:
             self._disagreed()
-        if row is None:
+        if row is None or member.behind:
+            # Which of those behind a router it was, only the trainer can find out.
             self._breaker.eject(member, life, error)
         elif row == self._weights.get(member.name):
             member.belied, member.belied_by = row, str(error)
