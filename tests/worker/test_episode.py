@@ -218,7 +218,7 @@ def test_a_hostile_sample_is_a_data_failure_that_says_what_is_wrong(made: Any, s
     assert failure.kind is FailureKind.DATA
     assert says in failure.detail
     failure.detail.encode()
-    failure.record(1)
+    failure.record(1, 0)
 
 
 @pytest.mark.parametrize(
