@@ -182,6 +182,16 @@ async def test_a_refusal_that_names_a_context_with_room_is_of_another_kind(fake,
     assert not isinstance(caught.value, ContextFullError)
 
 
+async def test_a_gateway_that_refuses_everything_with_such_words_is_at_fault(fake, client):
+    words = "maximum context length is 100 tokens"
+    fake.script.extend([fake_vllm.status(400, words)] * 3)
+    with pytest.raises(EngineProtocolError, match=r"100 tokens.*not completed any token ids"):
+        await client.generate(prompt_of(20, max_tokens=200))
+    # Nothing is left of the limit that it named.
+    (one,) = await client.generate(prompt_of(20, max_tokens=200))
+    assert len(one.token_ids) == 200
+
+
 async def test_a_limit_that_the_refusal_does_not_name_is_read_off_the_models(monkeypatch):
     async with FakeVllm(context=32) as fake:
         client = VllmEngine(fake.url)

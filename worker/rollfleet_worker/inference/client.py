@@ -34,7 +34,6 @@ from rollfleet_common.errors import (
 )
 from rollfleet_common.messages import NO_VERSION, LogprobsKind, VersionSpans
 from rollfleet_worker.inference.answers import logprob_array, span_array, token_array
-from rollfleet_worker.inference.cards import read_cards
 from rollfleet_worker.inference.chat import Chat
 from rollfleet_worker.inference.engine import (
     Generation,
@@ -44,13 +43,9 @@ from rollfleet_worker.inference.engine import (
     Timings,
 )
 from rollfleet_worker.inference.http import HttpClient, Reply
-from rollfleet_worker.inference.refusals import (
-    UNPROVEN,
-    ContextRefusal,
-    Record,
-    context_refusal,
-)
+from rollfleet_worker.inference.refusals import UNPROVEN, Record, context_refusal
 from rollfleet_worker.inference.resume import ABORTED
+from rollfleet_worker.inference.room import DoesNotFitError, Room, fits
 from rollfleet_worker.inference.weights import WeightInfo
 
 __all__ = [
@@ -159,8 +154,7 @@ class ServerClient(ABC):
         self._version = NO_VERSION
         self._logprobs = None if logprobs == "auto" else LogprobsKind(logprobs)
         self._record = Record()
-        #: Tokens of prompt and completion that the server has room for; 0: not known.
-        self._context = 0
+        self._room = Room(self._http, model)
 
     @property
     def name(self) -> str:
@@ -255,7 +249,7 @@ class ServerClient(ABC):
         self._chat.forget()
         self._record.forget()
         self._spans = None
-        self._context = 0
+        self._room.forget()
 
     def _admit(self, request: Request, n: int) -> None:
         if n < 1:
@@ -280,65 +274,20 @@ class ServerClient(ABC):
 
     async def _fitting(self, request: Request, n: int, salt: str) -> list[Generation]:
         """One exchange, of as many tokens as the server has room for."""
-        asked = self._fitted(request, self._context) if self._context else request
+        asked = self._room.fitted(request)
         for left in reversed(range(_FITTING_TRIES)):
             try:
                 return await self._exchange(asked, n, salt)
-            except _DoesNotFitError as exc:
-                shorter = await self._shorter(request, asked, exc.said) if left else None
+            except DoesNotFitError as exc:
+                if not left:
+                    # By its own words this fits.
+                    self._room.forget()
+                    raise self._blamed(str(exc), request) from exc
+                shorter = await self._room.shorter(request, asked, exc.said)
                 if shorter is None:
                     raise ContextFullError(str(exc)) from exc
                 asked = shorter
         raise AssertionError("unreachable: the last try returns or raises")
-
-    async def _shorter(
-        self, request: Request, asked: Request, said: ContextRefusal
-    ) -> Request | None:
-        """`request` with a budget that the server has room for, after it refused `asked`.
-
-        None if nobody says how much room there is.
-
-        Raises:
-            ContextFullError: There is no room.
-        """
-        limit = said.limit or self._context or await self._card_context()
-        if not limit:
-            return None
-        prompt, most = len(request.token_ids), asked.sampling.max_tokens
-        # SGLang counts places that it reserves as part of the prompt.
-        limit -= max(said.used - prompt, 0)
-        shorter = self._fitted(request, limit)
-        if shorter.sampling.max_tokens >= most:
-            # It wants one place more than the tokens that it makes.
-            limit = prompt + most - 1
-            shorter = self._fitted(request, limit)
-        self._context = limit
-        return shorter
-
-    def _fitted(self, request: Request, limit: int) -> Request:
-        """`request` with a budget of at most what a context of `limit` tokens leaves.
-
-        Raises:
-            ContextFullError: It leaves nothing.
-        """
-        prompt = len(request.token_ids)
-        left = limit - prompt
-        if left < 1:
-            raise ContextFullError(
-                f"a prompt of {prompt} tokens leaves no room in the context of {self.name}, which "
-                f"has {limit} for prompt and completion"
-            )
-        if left >= request.sampling.max_tokens:
-            return request
-        return replace(request, sampling=replace(request.sampling, max_tokens=left))
-
-    async def _card_context(self) -> int:
-        """The context length that the server's list of models names; 0 if it names none."""
-        with suppress(InfraError, EngineRefusedError):
-            cards = await read_cards(self._http)
-            mine = [one for one in cards if self._model in (None, one.name)] or cards
-            return min((one.context for one in mine if one.context), default=0)
-        return 0
 
     # Whose fault a refusal is.
 
@@ -347,7 +296,7 @@ class ServerClient(ABC):
 
         Raises:
             EngineUnavailableError: As :meth:`Reply.checked`.
-            EngineRefusedError: The prompt is at fault; `_DoesNotFitError` if it is too long.
+            EngineRefusedError: The prompt is at fault; `DoesNotFitError` if it is too long.
             EngineProtocolError: As :meth:`Reply.checked`; or the refusal is the server's fault.
         """
         try:
@@ -361,12 +310,16 @@ class ServerClient(ABC):
         except EngineRefusedError as exc:
             said = context_refusal(reply.body)
             # A server that refuses what by its own words fits refuses something else.
-            if said is not None and not _fits(request, said):
-                raise _DoesNotFitError(str(exc), said) from exc
-            why = self._record.refused(request.affinity)
-            if not why:
-                raise
-            raise EngineProtocolError(f"{exc} ({why}; {_IF_NO_IDS})") from exc
+            if said is not None and not fits(request, said):
+                raise DoesNotFitError(str(exc), said) from exc
+            raise self._blamed(str(exc), request) from exc
+
+    def _blamed(self, refusal: str, request: Request) -> EngineRefusedError | EngineProtocolError:
+        """The error of a refusal that is not about the prompt's length."""
+        why = self._record.refused(request.affinity)
+        if not why:
+            return EngineRefusedError(refusal)
+        return EngineProtocolError(f"{refusal} ({why}; {_IF_NO_IDS})")
 
     # Whose weights made a token.
 
@@ -444,23 +397,6 @@ class ServerClient(ABC):
             self._version = int(versions.versions[-1])
         timings = Timings(server_s=said.server_s)
         return Generation(ids, logprobs, versions, said.finish_reason, self.name, timings)
-
-
-class _DoesNotFitError(ContextFullError):
-    """A server refused a request because of its length."""
-
-    def __init__(self, message: str, said: ContextRefusal) -> None:
-        super().__init__(message)
-        self.said = said
-
-
-def _fits(request: Request, said: ContextRefusal) -> bool:
-    """Whether a request is well within the limit that its refusal names."""
-    if not said.limit:
-        return False
-    # SGLang counts places that it reserves, and some servers want one more than the tokens made.
-    used = max(len(request.token_ids), said.used)
-    return used + request.sampling.max_tokens + 1 < said.limit
 
 
 def _refuse_stale(first: int, serves: int, where: str) -> None:

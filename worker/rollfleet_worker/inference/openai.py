@@ -108,7 +108,7 @@ class OpenAIEngine(ServerClient):
                 if self._dialect is None:
                     cards = await read_cards(self._http, optional=True)
                     mine = [card for card in cards if card.name == self._model] or cards
-                    dialect, self._context = await dialect_of(self._http, mine)
+                    dialect, self._room.limit = await dialect_of(self._http, mine)
                     self._dialect = dialect
 
     async def _exchange(self, request: Request, n: int, salt: str) -> list[Generation]:
