@@ -155,6 +155,12 @@ class Board:
         said, of, epoch = await self.client.hmget(self.keys.board, names)
         return Schemas.loads(said if of == epoch else None)
 
+    async def trainer(self) -> tuple[str, int]:
+        """Who last held the run, and when it last said so: Unix ms by Redis's clock, 0 if unknown."""
+        who, seen = await self.client.hmget(self.keys.board, ["who", "seen_ms"])
+        # A name that anybody may have written goes into a log line.
+        return ascii((who or b"?").decode("utf-8", "replace"))[1:-1][:80], int(seen or 0)
+
     async def warnings(self) -> list[str]:
         """What the trainer finds wrong with the flow, a sentence each."""
         try:

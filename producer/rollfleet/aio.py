@@ -443,7 +443,11 @@ class AsyncFleet:
         return self.refits.versions() | {self.version}
 
     async def pause(self, seconds: float) -> None:
-        """Ask workers to claim nothing for `seconds`; what runs goes on. 0 resumes."""
+        """Ask workers to claim nothing for `seconds`; what runs goes on. 0 resumes.
+
+        Workers learn of it within milliseconds, and within a second if a wake-up was lost. A prompt
+        that a read brings after that goes back untouched.
+        """
         until = int(self.line.clock.now_ms() + seconds * 1000) if seconds > 0 else 0
         await self._tenure.say("pause", paused_until_ms=until)
 

@@ -21,7 +21,7 @@ from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
-from rollfleet_common.redis import is_transient, translate
+from rollfleet_common.redis import is_transient, retry, translate
 from rollfleet_common.streams import Garbage, Streams
 from rollfleet_worker.metrics import Metrics
 from rollfleet_worker.settings import WorkerSettings
@@ -46,7 +46,7 @@ class Claimer:
 
     `spawn(claim)` begins an episode and owns one slot from then on; `refuse(claim, failure)` ends a
     lease without one; `gate()` returns once this worker may claim; `owns(claim)` tells whether it
-    is alive here already.
+    is alive here already; `paused()` whether the trainer asked for nothing new meanwhile.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class Claimer:
         on_wait: Callable[[Exception, float], None],
         alone: bool,
         clock: Clock | None = None,
+        paused: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.paused = paused
         self.clock = clock or Clock()
         self.streams = streams
         self.leases = leases
@@ -148,6 +150,10 @@ class Claimer:
         claims, garbage = await self.streams.claim(
             self.reader, self.leases.worker, routes, self._spare // len(routes), block_ms
         )
+        if claims and self.paused():
+            # The read was blocked when the pause began.
+            await self._hand_back(claims)
+            claims = []
         now_ms = self.clock.now_ms()
         for claim in claims:
             self.metrics.claimed.labels(claim.prompt.route).inc()
@@ -156,6 +162,18 @@ class Claimer:
         for entry in garbage:
             await self._bury(entry)
         return list({claim.prompt.route for claim in claims})
+
+    async def _hand_back(self, claims: Sequence[Claim]) -> None:
+        """Give back what was just claimed, as if it never had been."""
+        for route in {claim.prompt.route for claim in claims}:
+            entries = [claim.entry for claim in claims if claim.prompt.route == route]
+            # May be repeated: what is back already is no longer ours.
+            await retry(
+                lambda route=route, entries=entries: self.leases.hand_back(route, entries),  # type: ignore[misc]
+                what=f"hand back {len(entries)} leases",
+                deadline_s=None,
+                on_wait=self.on_wait,
+            )
 
     def _begin(self, claim: Claim) -> None:
         """The slot is the episode's from here on, whatever fails after it."""

@@ -11,13 +11,14 @@ or the trainer of the run speaks other schemas;
 """
 
 import asyncio
+import math
 import os
 import secrets
 import signal
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,7 @@ from rollfleet_worker.deliver import Outbox
 from rollfleet_worker.episode import Episodes
 from rollfleet_worker.follow import Follower
 from rollfleet_worker.health import HealthServer
+from rollfleet_worker.idle import Facts, Idle, explain
 from rollfleet_worker.inference.engine import Sampling
 from rollfleet_worker.inference.pool import EnginePool
 from rollfleet_worker.metrics import Metrics
@@ -66,6 +68,8 @@ LAST_WORDS_S = 5.0
 PARK_S = 1.0
 #: How often a closed gate looks again.
 GATE_S = 0.2
+#: How long Redis counts as full after it said so.
+FULL_S = 10.0
 
 
 class Worker:
@@ -95,6 +99,11 @@ class Worker:
         #: A call failed, and none was answered since; so for a moment at least.
         self._away = False
         self._away_until = 0.0
+        #: What Redis said when it last failed, and when it last was full.
+        self._trouble = ""
+        self._full_s = -math.inf
+        #: Claims so far.
+        self._claimed = 0
         self.metrics.busy.set_function(lambda: len(self._running))
         self.metrics.outbox_bytes.set_function(lambda: sum(box.bytes for box in self.outboxes))
         self.metrics.version.set_function(
@@ -126,6 +135,7 @@ class Worker:
             epoch, version = claim.since
             policy = replace(policy, epoch=epoch, version=version)
         self._running[_key(claim)] = policy
+        self._claimed += 1
         self._track(claim, self.live(claim))
 
     def _free(self, claim: Claim) -> None:
@@ -193,6 +203,9 @@ class Worker:
             log.warning("redis is away", error=str(exc))
             self.metrics.disruptions.inc()
         self._away = True
+        self._trouble = str(exc)
+        if "maxmemory" in self._trouble:
+            self._full_s = time.monotonic()
         self.clock.doubt()
         self._away_until = time.monotonic() + max(wait_s, 1.0)
 
@@ -241,6 +254,31 @@ class Worker:
             "started_ms": int(self.clock.now_ms() - (time.monotonic() - self._started) * 1000),
             **self._counts,
         }
+
+    def _idle_cause(self) -> tuple[str, Hashable]:
+        """Why this worker does nothing, for :class:`Idle`."""
+        why = self.why_not()
+        if why == "draining":
+            return "", None
+        if time.monotonic() - self._full_s < FULL_S:
+            return "redis-full", None
+        if not why and not self._alive:
+            return "no-prompts", self._claimed
+        return why, None
+
+    async def _explain(self, cause: str) -> tuple[str, bool]:
+        follower = self.follower
+        facts = Facts(
+            run=self.settings.run,
+            routes=self.routes,
+            board=None if follower is None else follower.board,
+            paused_until_ms=0 if follower is None else follower.policy.paused_until_ms,
+            now_ms=self.clock.now_ms(),
+            pool=self.pool,
+            trouble=self._trouble,
+            outbox_bytes=sum(outbox.bytes for outbox in self.outboxes),
+        )
+        return await explain(cause, facts)
 
     async def _gate(self) -> None:
         """Return once this worker may claim (or is to stop)."""
@@ -318,6 +356,7 @@ class Worker:
             clock=self.clock,
             limits=s.limits,
         )
+        idle = asyncio.create_task(Idle(self._idle_cause, self._explain).run(), name="idle")
         try:
             if s.health_port is not None:
                 await health.start(s.health_host, s.health_port)
@@ -361,6 +400,7 @@ class Worker:
             )
             return await self._work(client, url, readers)
         finally:
+            await cancel_all([idle])
             await health.stop()
             if self.parking is not None:
                 await self.parking.flush(PARK_S)
@@ -426,6 +466,7 @@ class Worker:
                     on_wait=self._on_wait,
                     alone=partitions * len(self.routes) == 1,
                     clock=self.clock,
+                    paused=lambda: self._follower.paused,
                 )
             )
         return Pulse(

@@ -10,6 +10,7 @@ if holder and holder ~= ARGV[1] and ARGV[4] ~= '1' then
   return {0, redis.call('HGET', KEYS[2], 'who') or '?', redis.call('PTTL', KEYS[1])}
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local now = redis.call('TIME')
 local epoch = math.max(tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0'), tonumber(ARGV[7])) + 1
 redis.call('HSET', KEYS[2], 'epoch', epoch)
 local at = tonumber(redis.call('HGET', KEYS[2], 'version') or '-1')
@@ -19,6 +20,6 @@ local rollbacks = redis.call('HGET', KEYS[2], 'rollbacks') or ''
 rollbacks = rollbacks .. (rollbacks == '' and '' or ' ') .. epoch .. ':' .. version
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'who', ARGV[3], 'version', version, 'shape', ARGV[6], 'rollbacks', rollbacks,
   -- A trainer of release 0.1.0 that comes later leaves this as it is, but raises the epoch.
-  'schemas', ARGV[8], 'schemas_epoch', epoch)
+  'schemas', ARGV[8], 'schemas_epoch', epoch, 'seen_ms', now[1] * 1000 + math.floor(now[2] / 1000))
 redis.call('XADD', KEYS[3], 'MAXLEN', '64', '*', 'epoch', epoch, 'version', version)
 return {1, epoch, version}

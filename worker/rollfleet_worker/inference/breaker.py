@@ -134,7 +134,9 @@ class Breaker:
         """Why `member` is not ready; "" if it is."""
         try:
             async with asyncio.timeout(self._patience.probe_s):
-                return "" if await member.engine.ready() else "not ready"
+                if await member.engine.ready():
+                    return ""
+                return getattr(member.engine, "not_ready", "") or "not ready"
         except Exception as exc:  # noqa: BLE001 a probe that fails in any way is a no
             return f"not ready ({type(exc).__name__}: {exc})"
 

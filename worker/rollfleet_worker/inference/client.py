@@ -138,6 +138,8 @@ class ServerClient(ABC):
     ) -> None:
         if logprobs not in ("auto", *LogprobsKind):
             raise SettingsError(f"logprobs {logprobs!r} is none of auto, {', '.join(LogprobsKind)}")
+        #: Why it was not ready when it was last asked; "" if it was.
+        self.not_ready = ""
         self._http = HttpClient(
             url.rstrip("/").removesuffix("/v1"),
             api_key=api_key,
@@ -212,22 +214,28 @@ class ServerClient(ABC):
 
     async def ready(self) -> bool:
         """Whether the server answers, is healthy and knows our model and our key."""
+        self.not_ready = ""
         try:
             health = await self._http.get("/health", timeout_s=_PROBE_S)
             if health.status != 404:
                 health.checked()
             models = await self._http.get("/v1/models", timeout_s=_PROBE_S)
             if models.status == 404:
+                if health.status == 404:
+                    self.not_ready = "neither /health nor /v1/models is found there"
                 return health.status != 404
             listed = models.checked().json().get("data")
-        except (InfraError, EngineRefusedError):
+        except (InfraError, EngineRefusedError) as exc:
             self._forget()
+            self.not_ready = str(exc)
             return False
         rows = listed if isinstance(listed, list) else []
         names = [one.get("id") for one in rows if isinstance(one, dict)]
         # Routers that do not know their models write null.
-        unnamed = all(name is None for name in names)
-        return self._model is None or unnamed or self._model in names
+        if self._model is None or all(name is None for name in names) or self._model in names:
+            return True
+        self.not_ready = f"it does not serve the model {self._model!r}"
+        return False
 
     async def close(self) -> None:
         """Release connections. Idempotent."""

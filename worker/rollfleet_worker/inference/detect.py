@@ -126,6 +126,8 @@ class AutoEngine:
     def __init__(self, url: str, **options: Unpack[ClientOptions]) -> None:
         self._url = url
         self._options = options
+        #: Why it was not ready when it was last asked; "" if it was.
+        self.not_ready = ""
         self._http = HttpClient(
             url.rstrip("/").removesuffix("/v1"),
             api_key=options.get("api_key"),
@@ -181,9 +183,12 @@ class AutoEngine:
         """Whether the server answers, is healthy and knows our model and our key."""
         try:
             client = await self._found()
-        except InfraError:
+        except InfraError as exc:
+            self.not_ready = str(exc)
             return False
-        return await client.ready()
+        ready = await client.ready()
+        self.not_ready = client.not_ready
+        return ready
 
     async def close(self) -> None:
         """Release connections. Idempotent."""
