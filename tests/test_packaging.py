@@ -1,5 +1,6 @@
 """What is installed: four packages and a command, workers without torch, from the wheel itself."""
 
+import ipaddress
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from rollfleet_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"rollfleet", "rollfleet_common", "rollfleet_console", "rollfleet_worker"}
@@ -113,3 +116,29 @@ def test_every_public_name_is_the_same_thing_each_time_it_is_asked_for() -> None
     )
     said = run(sys.executable, "-c", code)
     assert (said.returncode, said.stdout) == (0, "fine\n"), said.stderr
+
+
+def test_probes_reach_the_health_pages_of_the_worker_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound to loopback, no kubelet and no Prometheus could reach them."""
+    text = (ROOT / "worker" / "Dockerfile").read_text().replace("\\\n", " ")
+    environment = {
+        name: value
+        for line in text.splitlines()
+        if line.startswith("ENV ")
+        for name, _, value in (pair.partition("=") for pair in line.split()[1:])
+    }
+    for name, value in environment.items():
+        if name.startswith("ROLLFLEET_"):
+            monkeypatch.setenv(name, value)
+    settings = WorkerSettings.load(argv=[], workflows={"default": "a:B"})
+    assert ipaddress.ip_address(settings.health_host).is_unspecified
+    assert f"EXPOSE {settings.health_port}" in text
+    # Elsewhere the pages stay on this host.
+    for name in environment:
+        if name.startswith("ROLLFLEET_"):
+            monkeypatch.delenv(name)
+    plain = WorkerSettings.load(argv=[], workflows={"default": "a:B"})
+    assert (plain.health_host, plain.health_port) == ("127.0.0.1", None)
+    compose = (ROOT / "docker-compose.yml").read_text()
+    assert "ROLLFLEET_HEALTH_HOST" not in compose
+    assert "ROLLFLEET_HEALTH_PORT" not in compose

@@ -60,6 +60,8 @@ class Leases:
         self.keys = keys
         self.worker = worker
         self.clock = clock or Clock()
+        #: Suspects that the last :meth:`reclaim` passed over: they wait for others to end.
+        self.passed_over = 0
 
     async def renew(self, route: str, entries: Sequence[str]) -> list[str]:
         """Renew all leases of a route; returns the entries that are no longer ours."""
@@ -94,9 +96,10 @@ class Leases:
             (claim, deliveries so far, worker that held it) of each.
         """
         keys = [self.keys.prompts(route)]
-        rows = await _RECLAIM(
+        passed, *rows = await _RECLAIM(
             self.client, keys, [self.worker, lease_ms, count, poison - 1, poison, suspects]
         )
+        self.passed_over = int(passed)
         taken: list[tuple[Claim | Garbage, int, str]] = []
         for entry, deliveries, flat, owner in rows:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))

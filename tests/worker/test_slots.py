@@ -70,7 +70,7 @@ async def test_a_read_that_fails_gives_back_no_slot_of_an_episode() -> None:
 
     class Gone:
         worker = "w"
-        calls = 0
+        calls = passed_over = 0
 
         async def make_groups(self, routes: Any) -> None:
             pass

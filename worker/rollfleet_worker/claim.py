@@ -33,10 +33,8 @@ log = get_logger("rollfleet.worker")
 
 #: One blocking read; the longest that a stop has to wait for it.
 BLOCK_MS = 500
-#: The same where not all streams can be read at once.
+#: The same where not all streams can be read at once, or a suspect runs that others wait for.
 TURN_MS = 50
-#: While a suspect runs, how soon to look for the next.
-SUSPECT_S = 0.5
 #: Pause after Redis could not be reached, at most (full jitter).
 AWAY_S = 1.0
 
@@ -88,6 +86,8 @@ class Claimer:
         self._spare = 0
         #: The last prompt taken that may be what killed its workers.
         self._suspect: Claim | None = None
+        #: Whether others of the kind wait for its end.
+        self._queue = False
         self._grouped = False
         self._next_reclaim = 0.0
 
@@ -117,7 +117,7 @@ class Claimer:
             await self.streams.make_groups(self.routes)
             self._grouped = True
         had = self._spare
-        if time.monotonic() >= self._next_reclaim:
+        if time.monotonic() >= self._next_reclaim or (self._queue and not self._suspected()):
             await self._reclaim()
             if not self._spare:
                 # There may be more of the dead's, and these go ahead of what is fresh.
@@ -125,7 +125,8 @@ class Claimer:
         if not self._spare or stopping.is_set():
             return
         random.shuffle(self.routes)  # no route is always read first
-        found = await self._look(BLOCK_MS if self._spare == had else None)
+        wait_ms = TURN_MS if self._queue else BLOCK_MS
+        found = await self._look(wait_ms if self._spare == had else None)
         if found and not self.alone and not stopping.is_set():
             # Work is there: top up without waiting.
             self._spare += self.slots.try_take(self.slots.total)
@@ -185,6 +186,7 @@ class Claimer:
         self._next_reclaim = time.monotonic() + self.settings.lease_s / 3 * random.uniform(0.5, 1.5)
         poison = self.settings.attempts_poison
         garbage: list[Garbage] = []
+        queue = False
         for route in self.routes:
             if not self._spare:
                 break
@@ -196,6 +198,7 @@ class Claimer:
                 poison=poison,
                 suspects=0 if self._suspected() else 1,
             )
+            queue = queue or self.leases.passed_over > 0
             for claim, deliveries, owner in taken:
                 if isinstance(claim, Garbage):
                     garbage.append(claim)
@@ -216,9 +219,8 @@ class Claimer:
                     if deliveries == poison:
                         self._suspect = claim
                     self._begin(claim)
-        if self._suspected():
-            # There may be more, which wait for this one's end.
-            self._next_reclaim = min(self._next_reclaim, time.monotonic() + SUSPECT_S)
+        # The next one is taken when this one ends, whatever the clock says.
+        self._queue = queue
         for entry in garbage:
             await self._bury(entry)
 
