@@ -66,6 +66,8 @@ MAX_DIMS = 8
 MAX_FLOAT = float(np.finfo(np.float32).max)
 #: Values that an array without any may have along its axes, were the empty ones of length 1.
 _MAX_EMPTY = 1 << 20
+#: Spans, runs or names that the part of a usual payload besides its two large arrays has room for.
+_REST_PARTS = 512
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
@@ -83,6 +85,8 @@ _EDGE[_REACH:] = True
 _EDGE.flags.writeable = False
 
 
+_SCALARS = frozenset([type(None), bool, int, float, str, bytes])
+_STR = frozenset([str])
 #: What writing and reading back raise where a value is none of msgpack's.
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError, msgpack.UnpackException)
 
@@ -109,7 +113,10 @@ def encode_prompt(prompt: Prompt, max_bytes: int) -> bytes:
     try:
         packed = cast(bytes, msgpack.packb([schemas.PROMPT, *fields.values()]))
         # Some of what msgpack writes it does not read, such as a map whose key is a list.
-        decode_prompt(packed)
+        if not _usual(prompt):
+            decode_prompt(packed)
+        elif not _SCALARS.issuperset(map(type, (*prompt.data.values(), *prompt.sampling.values()))):
+            _plain(packed)
     except (*_UNENCODABLE, WireError) as exc:
         raise InvalidPromptError(
             f"prompt of group {prompt.group!r}: {_culprit(fields)}{exc}; prompts carry only what "
@@ -168,6 +175,19 @@ def decode_prompt(packed: bytes) -> Prompt:
         )
     except ValueError as exc:
         raise CodecError(f"prompt of group {f[0]!r}: {exc}") from exc
+
+
+def _usual(p: Prompt) -> bool:
+    """Whether the fields of a prompt are read as they were written, if what is nested in them is."""
+    return (
+        type(p.data) is type(p.sampling) is dict
+        and _STR.issuperset(map(type, (p.group, p.route, p.task, *p.data, *p.sampling)))
+        and type(p.n) is type(p.position) is type(p.deadline_ms) is int
+        and 1 <= p.n <= _INT32_MAX
+        and -1 <= p.position <= _INT64_MAX
+        and 0 <= p.deadline_ms <= _INT64_MAX
+        and not _ids_fault(p.token_ids)
+    )
 
 
 def _prompt_fault(f: Sequence[Any]) -> str:
@@ -349,7 +369,9 @@ def decode_samples(packed: bytes, limits: Limits | None = None) -> tuple[Sample,
     """
     usual = unpack_usual(packed)
     if usual is not None:
-        if limits is not None:
+        if limits is not None and (
+            len(usual["ids"]) > 4 * limits.tokens or min(limits.spans, limits.names) < _REST_PARTS
+        ):
             _check_limits((usual,), limits)
         return (_unpack_sample(usual, 0),)
     (samples,) = _fields(packed, "payload", schemas.PAYLOAD, (list,), unpack)
@@ -381,11 +403,11 @@ def _unpack_sample(raw: Any, i: int) -> Sample:
             _mask(raw["mask"], len(ids)),
             _array(raw["lp"], _F4, "lp"),
             VersionSpans(_array(raw["vs"], _I4, "vs"), _array(raw["vv"], _I4, "vv")),
-            _number(raw["r"], "r"),
+            reward if type(reward := raw["r"]) is float else _number(reward, "r"),
             _numbers(raw["c"], "c") if "c" in raw else {},
             {_text(k, "a"): _unpack_array(v, k) for k, v in raw["a"].items()} if "a" in raw else {},
             _numbers(raw["m"], "m") if "m" in raw else {},
-            _text(raw["f"], "f"),
+            reason if type(reason := raw["f"]) is str else _text(reason, "f"),
             raw["lk"] if raw.get("lk") in _KINDS else LogprobsKind.UNKNOWN,
             _temperature(raw["t"]) if "t" in raw else None,
             raw.get("cx") is True,

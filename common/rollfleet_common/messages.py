@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 __all__ = [
     "NO_VERSION",
+    "SAMPLING_FIELDS",
     "Claim",
     "Float32",
     "Header",
@@ -33,6 +34,17 @@ __all__ = [
 
 #: The version of a token that no policy made.
 NO_VERSION = -1
+#: What `Prompt.sampling` may say; what else a server takes goes into `extra`.
+SAMPLING_FIELDS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop_token_ids",
+    "seed",
+    "extra",
+)
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -91,7 +103,7 @@ class Prompt:
     n: int
     #: int32[P]: the prompt's token ids; may be empty when a workflow makes its own from `data`.
     token_ids: Int32
-    #: The user's own fields (an answer, a seed, a question): msgpack types only.
+    #: The user's own fields (an answer, a seed, a question), by text: msgpack types only.
     data: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind = Kind.TRAIN
     #: Which workflow runs it; workers read only the routes they serve.
@@ -100,7 +112,7 @@ class Prompt:
     task: str = "default"
     #: Position in the data set, for resuming; -1 if it has none.
     position: int = -1
-    #: Sampling parameters that override the worker's.
+    #: Sampling parameters that override the worker's: :data:`SAMPLING_FIELDS`.
     sampling: Mapping[str, Any] = field(default_factory=dict)
     #: Unix time in milliseconds after which the group is given up; 0 if never. By Redis's clock once
     #: it is on the wire; a trainer gives it by its host's, and `submit` and `feed` convert it.

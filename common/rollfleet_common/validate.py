@@ -190,11 +190,12 @@ def _numbers_fault(s: Sample) -> str:
         if type(values) is not dict and not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             return f"{name} is a {type(values).__name__}, not a mapping"
         for key, value in values.items():
-            if not _travels(key):
+            if type(key) is not str or not (key.isascii() or _travels(key)):
                 return f"{name} has the key {_said(key)}, no text that travels"
             if not _finite(value):
                 return f"{name}[{key!r}] is {_said(value)}, no number that is finite in float32"
-    if not _travels(s.finish_reason):
+    reason = s.finish_reason
+    if type(reason) is not str or not (reason.isascii() or _travels(reason)):
         return f"finish_reason is {_said(s.finish_reason)}, no text that travels"
     return ""
 
@@ -202,8 +203,9 @@ def _numbers_fault(s: Sample) -> str:
 def _finite(value: Any) -> bool:
     """Whether it is a number, and stays finite in the dtype that is trained on."""
     # Types are exact: what a subclass says of itself may differ from what is sent of it.
-    if type(value) is float or type(value) is int or type(value) is bool:
-        return -MAX_FLOAT <= value <= MAX_FLOAT
+    kind = type(value)
+    if kind is float or kind is int or kind is bool:
+        return bool(-MAX_FLOAT <= value <= MAX_FLOAT)
     return isinstance(value, np.integer | np.floating) and bool(-MAX_FLOAT <= value <= MAX_FLOAT)
 
 

@@ -293,6 +293,13 @@ class AsyncFleet:
     def feed(self, source: Iterable[Any]) -> None:
         """Submit the prompts of an iterable in the background, as the ledger allows.
 
+        An item is a mapping, a :class:`Prompt`, or token ids alone. In a mapping ``token_ids``, ``n``,
+        ``kind``, ``route``, ``task``, ``sampling`` and ``deadline_ms`` are reserved: they are fields
+        of the prompt, and None stands for what is not given. Other keys are the workflow's, in
+        ``prompt.data``. Where columns of a data set have reserved names, put all that is meant for
+        the workflow into one mapping, ``{"token_ids": [...], "data": {"task": ..., "n": ...}}``: it
+        is taken whole.
+
         Positions that the run has seen are passed over, so the same iterable given again resumes. A
         source with `state_dict` and `load_state_dict` (torchdata's StatefulDataLoader) is put back
         where it stood at the checkpoint that `state` is from: no pass over all that went before.
@@ -310,6 +317,8 @@ class AsyncFleet:
 
     async def submit(self, item: Any) -> str:
         """Submit one prompt now, waiting for room; returns its group's name.
+
+        `item` is what :meth:`feed` takes from its source.
 
         Raises:
             InvalidPromptError, OversizeError: Nothing was sent.

@@ -20,7 +20,7 @@ from rollfleet.sources import STRIDE, Mark, Marks, Stateful, mark_of
 from rollfleet_common.errors import InvalidPromptError, RollfleetError
 from rollfleet_common.keys import check_name
 from rollfleet_common.logs import get_logger
-from rollfleet_common.messages import Int32, Kind, Prompt
+from rollfleet_common.messages import SAMPLING_FIELDS, Int32, Kind, Prompt
 
 __all__ = ["Feeder", "to_prompt"]
 
@@ -32,14 +32,22 @@ log = get_logger("rollfleet.trainer")
 AHEAD = 64
 _FIELDS = frozenset(["token_ids", "data", "kind", "route", "task", "sampling", "n", "deadline_ms"])
 _INT32_MAX = 2**31 - 1
+_NO_IDS: Int32 = np.zeros(0, np.int32)
+_SCALARS = frozenset([type(None), bool, int, float, str, bytes])
+#: Columns that hold text which was meant to be tokenized.
+_TEXTS = ("prompt", "text")
 
 
 def to_prompt(item: Any, *, group: str, group_size: int, position: int = -1) -> Prompt:
     """A prompt from what a data set yields.
 
     Args:
-        item: A :class:`Prompt`; a mapping with `token_ids` and/or fields of your own (what is no
-            field of Prompt goes into `data`); or token ids alone (list, array or tensor of ints).
+        item: A :class:`Prompt`; a mapping; or token ids alone (list, array or tensor of ints). In a
+            mapping ``token_ids``, ``n``, ``kind``, ``route``, ``task``, ``sampling`` and
+            ``deadline_ms`` are the fields of :class:`Prompt`, and None stands for what is not
+            given. Every other key is the user's own, and goes into `Prompt.data`. Or, where columns
+            of a data set have reserved names, ``data`` is a mapping with all that is the user's
+            own, taken as it is; then nothing else of the user's may stand beside it.
         group: The group's name.
         group_size: Samples, if the item does not say `n`.
         position: Position in the data set.
@@ -51,7 +59,7 @@ def to_prompt(item: Any, *, group: str, group_size: int, position: int = -1) -> 
     if isinstance(item, Prompt):
         fields = {name: getattr(item, name) for name in _FIELDS}
     elif isinstance(item, Mapping):
-        fields = {str(key): value for key, value in item.items()}
+        fields = dict(item)
     elif hasattr(item, "__len__") and not isinstance(item, str | bytes):
         fields = {"token_ids": item}
     else:
@@ -59,30 +67,74 @@ def to_prompt(item: Any, *, group: str, group_size: int, position: int = -1) -> 
             f"{where} is a {type(item).__name__}; give a mapping with token_ids and fields of your "
             "own, or token ids alone"
         )
-    own = fields.pop("data", {})
-    if not isinstance(own, Mapping):
-        raise InvalidPromptError(f"{where}: field data is a {type(own).__name__}, not a mapping")
-    data = {**own, **{key: fields.pop(key) for key in [*fields] if key not in _FIELDS}}
 
-    def read(name: str, convert: Callable[[Any], T], otherwise: Any) -> T:
-        value = fields.get(name, otherwise)
+    def read(name: str, convert: Callable[[Any], T], otherwise: T) -> T:
+        value = fields.get(name)
+        if value is None:  # what a data set fills in where a row has no such column
+            return otherwise
         try:
             return convert(value)
         except (TypeError, ValueError, OverflowError) as exc:
             raise InvalidPromptError(f"{where}: field {name} is {_shown(value)}: {exc}") from exc
 
+    own = _own(fields, where)
+    nothing: dict[str, Any] = {}
+    _check_tokenized(fields, own, where)
     return Prompt(
         group=group,
         n=read("n", _count, group_size),
-        token_ids=read("token_ids", _token_ids, ()),
-        data={key: _plain(value) for key, value in data.items()},
+        token_ids=read("token_ids", _token_ids, _NO_IDS),
+        data=_plain_fields("data", own, where),
         kind=read("kind", Kind, Kind.TRAIN),
         route=read("route", lambda value: check_name(value, "route"), "default"),
-        task=str(fields.get("task", "default")),
+        task=read("task", _text, "default"),
         position=position,
-        sampling=read("sampling", dict, {}),
-        deadline_ms=read("deadline_ms", int, 0),
+        sampling=_plain_fields("sampling", read("sampling", _sampling, nothing), where),
+        deadline_ms=read("deadline_ms", _time, 0),
     )
+
+
+def _own(fields: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """What is the user's own in an item."""
+    beside = {key: value for key, value in fields.items() if key not in _FIELDS}
+    whole = fields.get("data")
+    if whole is None:
+        own = beside
+    elif not isinstance(whole, Mapping):
+        raise InvalidPromptError(
+            f"{where}: field data is a {type(whole).__name__}, not a mapping: it is taken whole as "
+            'the data of the prompt; a column of that name goes inside, {"data": {"data": ...}}'
+        )
+    elif beside:
+        raise InvalidPromptError(
+            f"{where}: field data is taken whole as the data of the prompt, and "
+            f"{', '.join(map(repr, beside))} stand beside it: put everything of your own into data"
+        )
+    else:
+        own = dict(whole)
+    for key in own:
+        if not isinstance(key, str):
+            raise InvalidPromptError(
+                f"{where}: its data has the key {key!r:.80} ({type(key).__name__}), no text"
+            )
+    return {str(key): value for key, value in own.items()}
+
+
+def _check_tokenized(fields: Mapping[Any, Any], own: Mapping[str, Any], where: str) -> None:
+    """Refuse an item that was meant to be generated from and has no token ids."""
+    if fields.get("token_ids") is not None:
+        return
+    if "token_ids" in fields and not own:
+        raise InvalidPromptError(f"{where}: field token_ids is None, and there is nothing else")
+    if fields.get("data") is None and (
+        text := next((name for name in _TEXTS if isinstance(own.get(name), str)), None)
+    ):
+        raise InvalidPromptError(
+            f"{where} has {text!r}, which is text, and no token_ids: rollfleet does not tokenize. "
+            "Give token_ids, such as those of tokenizer.apply_chat_template(messages, "
+            'add_generation_prompt=True); for a workflow that makes its own, give {"data": '
+            f"{{{text!r}: ...}}}}"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -94,11 +146,42 @@ def _shown(value: Any) -> str:
     return f"{value!r:.80}" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("it must be an integer")
+    return operator.index(value)
+
+
 def _count(value: Any) -> int:
-    n = 0 if isinstance(value, bool) else operator.index(value)
-    if n < 1:
+    n = _whole(value)
+    if not 1 <= n <= _INT32_MAX:
         raise ValueError("it must be an integer of at least 1")
     return n
+
+
+def _time(value: Any) -> int:
+    at = _whole(value)
+    if not 0 <= at < 2**63:
+        raise ValueError("it must be Unix time in milliseconds, or 0 for never")
+    return at
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"it must be text, not a {type(value).__name__}")
+    return str(value)
+
+
+def _sampling(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"it must be a mapping, not a {type(value).__name__}")
+    for name in value:
+        if name not in SAMPLING_FIELDS:
+            raise ValueError(
+                f"there is no sampling field {name!r}, only {', '.join(SAMPLING_FIELDS)}; what else "
+                "a server takes goes into `extra`"
+            )
+    return {str(name): part for name, part in value.items() if part is not None}
 
 
 def _token_ids(value: Any) -> Int32:
@@ -112,9 +195,36 @@ def _token_ids(value: Any) -> Int32:
     return raw.astype(np.int32)
 
 
+def _plain_fields(field: str, parts: Mapping[str, Any], where: str) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in parts.items():
+        try:
+            plain[key] = _plain(value)
+        except RecursionError:
+            raise InvalidPromptError(
+                f"{where}: field {field}[{key!r}] is nested too deep"
+            ) from None
+    return plain
+
+
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as lists: what a DataLoader makes of numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """Tensors, arrays and numpy's scalars as Python's, at any depth; a tuple as a list."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is list or kind is tuple:
+        # Most lists are of one kind of number: nothing is looked at twice.
+        return list(value) if _SCALARS.issuperset(map(type, value)) else list(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {_plain_key(key): _plain(part) for key, part in value.items()}
+    if hasattr(value, "tolist"):
+        made = value.tolist()
+        return made if type(made) is kind else _plain(made)
+    return value
+
+
+def _plain_key(key: Any) -> Any:
+    return key.tolist() if isinstance(key, np.generic) else key
 
 
 class Feeder:

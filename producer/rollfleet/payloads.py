@@ -24,7 +24,7 @@ from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import InvalidSampleError, OversizeError, WireError
 from rollfleet_common.limits import Limits
 from rollfleet_common.logs import get_logger
-from rollfleet_common.messages import Header, Kind, Rollout, Sample
+from rollfleet_common.messages import NO_VERSION, Header, Kind, Rollout, Sample
 from rollfleet_common.streams import Streams
 from rollfleet_common.validate import check_samples
 
@@ -309,19 +309,23 @@ def _check_header(header: Header, samples: Sequence[Sample], nbytes: int, where:
         InvalidSampleError: They do not.
     """
     h = header
-    for name, said, found in (
-        ("samples", h.samples, len(samples)),
-        ("tokens", h.tokens, sum(len(s.token_ids) for s in samples)),
-        ("trained tokens", h.trained_tokens, sum(np.count_nonzero(s.loss_mask) for s in samples)),
-        ("reward", h.reward, samples[0].reward),
-        ("bytes", h.payload_bytes, nbytes),
-    ):
-        if said != found:
-            raise InvalidSampleError(f"{where}: its header says {name} {said}, its payload {found}")
+    tokens = trained = 0
+    ages: list[int] = []
+    newest = NO_VERSION
+    for s in samples:
+        tokens += len(s.token_ids)
+        trained += int(np.count_nonzero(s.loss_mask))
+        ages.append(s.versions.oldest(s.loss_mask))
+        newest = max(newest, s.versions.newest())
+    said = h.samples, h.tokens, h.trained_tokens, h.reward, h.payload_bytes
+    found = len(samples), tokens, trained, samples[0].reward, nbytes
+    if said != found:
+        names = "samples", "tokens", "trained tokens", "reward", "bytes"
+        name, one, other = next(x for x in zip(names, said, found, strict=True) if x[1] != x[2])
+        raise InvalidSampleError(f"{where}: its header says {name} {one}, its payload {other}")
     if h.kind is not Kind.TRAIN:
         return  # an evaluation may train on nothing, and then has no version of its own
-    oldest = min(s.versions.oldest(s.loss_mask) for s in samples)
-    newest = max(s.versions.newest() for s in samples)
+    oldest = min(ages)
     if (oldest, newest) != (h.min_version, h.max_version):
         raise InvalidSampleError(
             f"{where}: its header says versions {h.min_version} to {h.max_version}, its "

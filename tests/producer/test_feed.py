@@ -1,18 +1,23 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import wait_until, wait_until_async
 from torch.utils.data import DataLoader
 
 from rollfleet.feed import AHEAD, Feeder, to_prompt
+from rollfleet_common.codec import decode_prompt, encode_prompt
 from rollfleet_common.errors import InvalidPromptError, RollfleetError
-from rollfleet_common.messages import Kind, Prompt
+from rollfleet_common.messages import SAMPLING_FIELDS, Kind, Prompt
+from rollfleet_worker.inference.sampling import _FIELDS
 
 MakeFeeder = Callable[..., Feeder]
 TOKENS = np.arange(3, dtype=np.int32)
@@ -54,7 +59,7 @@ def test_a_mapping_gives_fields_and_keeps_its_own_under_data():
         {
             "token_ids": [1, 2],
             "answer": "x",
-            "data": {"level": 3},
+            "level": 3,
             "kind": "eval",
             "route": "math",
             "task": "sums",
@@ -65,10 +70,82 @@ def test_a_mapping_gives_fields_and_keeps_its_own_under_data():
     )
     assert made.token_ids.tolist() == [1, 2]
     assert made.token_ids.dtype == np.int32
-    assert made.data == {"level": 3, "answer": "x"}
+    assert made.data == {"answer": "x", "level": 3}
     assert (made.kind, made.route, made.task, made.n) == (Kind.EVAL, "math", "sums", 7)
     assert (made.group, made.position, made.deadline_ms) == ("p3", 3, 99)
     assert made.sampling == {"temperature": 0.5}
+
+
+def test_columns_of_any_name_reach_the_workflow_in_data():
+    columns = {"task": "algebra", "n": 4, "secret": 5, "data": [6], "kind": None, "prompt": "6 x 7"}
+    made = item({"token_ids": [1], "data": columns})
+    assert made.data == columns
+    assert (made.task, made.n, made.kind) == ("default", 4, Kind.TRAIN)
+    # Without token ids, too: the workflow makes its own.
+    assert item({"data": {"text": "6 x 7"}}).data == {"text": "6 x 7"}
+    # Reserved names beside it are fields of the prompt all the same.
+    assert item({"data": columns, "n": 7}).n == 7
+
+
+def test_what_a_data_set_filled_with_none_was_not_said():
+    reserved = dict.fromkeys(["n", "kind", "route", "task", "sampling", "deadline_ms", "data"])
+    made = item({"token_ids": [1], **reserved, "answer": None})
+    plain = item({"token_ids": [1], "answer": None})
+    assert replace(made, token_ids=TOKENS) == replace(plain, token_ids=TOKENS)
+    assert made.task == "default"
+    assert made.data == {"answer": None}
+    assert len(item({"token_ids": None, "question": "6 x 7"}).token_ids) == 0
+    sampling = {"temperature": 0.5, "seed": None, "top_k": None}
+    assert item({"token_ids": [1], "sampling": sampling}).sampling == {"temperature": 0.5}
+
+
+def test_the_sampling_fields_are_those_that_workers_read():
+    assert set(SAMPLING_FIELDS) == set(_FIELDS)
+
+
+#: Values as data sets have them: of Python, numpy and torch, at any depth.
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=4)
+    | st.binary(max_size=4)
+    | st.integers(-128, 127).map(np.int8)
+    | st.floats(width=32, allow_nan=False).map(np.float32)
+    | st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=4).map(np.str_)
+    | st.lists(st.integers(0, 9), max_size=3).map(np.array)
+    | st.lists(st.integers(0, 9), max_size=3).map(torch.tensor)
+    | st.just(np.array([np.array([1, 2]), "x"], object))
+)
+nested = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3) | st.integers(0, 9).map(np.int64), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=4), nested, max_size=3))
+def test_nested_data_travels_whatever_it_was_made_of(data: dict[str, Any]):
+    made = item({"data": data})
+    back = decode_prompt(encode_prompt(made, 1 << 20))
+    assert back.data == made.data
+    assert repr(back.data) == repr(made.data)  # True is no 1, and no numpy is left
+
+
+def test_data_nested_too_deep_or_in_itself_is_refused():
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    endless: dict[str, Any] = {}
+    endless["self"] = endless
+    for value in (deep, endless):
+        with pytest.raises(InvalidPromptError, match=r"field data\['x'\] is nested too deep"):
+            item({"x": value})
 
 
 def test_what_an_item_does_not_say_has_defaults():
@@ -117,7 +194,21 @@ def test_a_prompt_is_taken_as_it_is_under_the_feeds_name():
         (7, "prompt 3 is a int"),
         (None, "prompt 3 is a NoneType"),
         ({"token_ids": "abc"}, "prompt 3: field token_ids"),
-        ({"token_ids": None}, "prompt 3: field token_ids"),
+        ({"token_ids": None}, "prompt 3: field token_ids is None, and there is nothing else"),
+        ({"prompt": "6 x 7"}, "prompt 3 has 'prompt', which is text, and no token_ids"),
+        ({"text": "6 x 7", "token_ids": None}, "prompt 3 has 'text'.*does not tokenize"),
+        ({"token_ids": [1], 3: 4}, r"prompt 3: its data has the key 3 \(int\), no text"),
+        ({"data": {b"a": 4}}, r"prompt 3: its data has the key b'a' \(bytes\), no text"),
+        ({"data": {"a": 1}, "b": 2}, "'b' stand beside it: put everything of your own into data"),
+        ({"data": "text"}, "prompt 3: field data is a str, not a mapping"),
+        ({"task": 5}, "prompt 3: field task is 5: it must be text, not a int"),
+        ({"n": 2**31}, "prompt 3: field n is 2147483648"),
+        ({"n": 4.0}, "prompt 3: field n is 4.0"),
+        ({"deadline_ms": -1}, "prompt 3: field deadline_ms is -1: it must be Unix time"),
+        ({"deadline_ms": "5"}, "prompt 3: field deadline_ms is '5'"),
+        ({"deadline_ms": 2**63}, "prompt 3: field deadline_ms is 9223372036854775808"),
+        ({"sampling": {"temprature": 1}}, "no sampling field 'temprature', only max_tokens, temp"),
+        ({"sampling": [("seed", 1)]}, "prompt 3: field sampling.*it must be a mapping, not a list"),
         ({"token_ids": [1.5]}, "prompt 3: field token_ids is float64"),
         ({"token_ids": [[1, 2]]}, r"prompt 3: field token_ids is int64\[1, 2\]"),
         ({"token_ids": [[1], [2, 3]]}, "prompt 3: field token_ids"),
