@@ -137,17 +137,18 @@ def test_a_frozen_workers_results_are_refused(
 def test_a_blocked_event_loop_loses_its_lease_and_no_more(
     redis_url: str, processes: Processes, tmp_path: Path
 ) -> None:
-    trace = tmp_path / "trace"
+    trace, gate = tmp_path / "trace", tmp_path / "gate"
     with rollfleet.connect(redis_url, run="block", **SHAPE) as fleet:
         blocked = processes.worker(redis_url, "block", "Actor", slots=4, lease_s=1)
         blocked.event("claiming")
-        fleet.feed(prompts(1, act="block", index=0, seconds=2.5, fails=1, trace=str(trace)))
+        fleet.feed(prompts(1, act="block", index=0, gate=str(gate), fails=1, trace=str(trace)))
         wait_until(lambda: started(trace), "it to block", 30.0)
         heir = processes.worker(redis_url, "block", "Echo", lease_s=1)
         seen = train(fleet)
         assert seen == wanted(1)
         assert_empty(fleet)
         heir.event("lease taken over")
+        gate.touch()
         # The blocked one goes on, and its late result changed nothing.
         wait_until(lambda: blocked.page("/livez")[0] == 200, "it to come back", 30.0)
         assert fleet.books().committed == 4
