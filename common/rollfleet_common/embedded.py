@@ -86,9 +86,14 @@ def resolve(url: str) -> tuple[str, "EmbeddedServer | None"]:
         SettingsError: The ``embedded://`` URL is malformed; the message names what it may hold.
         BrokerSetupError: There is no server, or it did not start.
     """
-    parts = urlsplit(url)
-    if parts.scheme != "embedded":
+    if not url.lower().startswith("embedded:"):
         return url, None
+    if "#" in url:
+        raise SettingsError(f"{url!r}: write the character # in a path as %23")
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise SettingsError(f"{url!r} cannot be parsed: {exc}") from None
     if parts.netloc:
         raise SettingsError(
             f"{url!r}: {parts.netloc!r} stands where a host would; a directory takes three slashes "
@@ -108,6 +113,8 @@ def resolve(url: str) -> tuple[str, "EmbeddedServer | None"]:
     if maxmemory is not None and not re.fullmatch(r"\d+([kmg]?b?)", maxmemory, re.IGNORECASE):
         raise SettingsError(f"{url!r}: maxmemory is {maxmemory!r}, not a size such as 512mb or 4gb")
     directory = unquote(parts.path)
+    if "\0" in directory:
+        raise SettingsError(f"{url!r}: a path cannot hold the character NUL")
     server = EmbeddedServer(
         Path(directory) if directory.strip("/") else None,
         appendonly=appendonly,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # checked above

@@ -48,8 +48,10 @@ class Row:
         """What a partition's tap says: ``commit[:batch:version]`` or ``drop:<reason>``.
 
         Raises:
-            CodecError, SchemaError: `verb` or `header` is none of ours.
+            CodecError, SchemaError: `verb` or `header` is none of ours, or `payload` is no bytes.
         """
+        if payload is not None and not isinstance(payload, bytes):
+            raise CodecError(f"the payload is {type(payload).__name__}, not bytes")
         verdict, _, rest = verb.partition(":")
         if verdict == "drop" and rest:
             return cls(rest, 0, NO_VERSION, decode_header(header), payload)

@@ -99,7 +99,9 @@ def connect(
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url, max_connections=max_connections, timeout=timeout_s, **options
         )
-    except ValueError:
+        # Made to be checked; it connects to nothing. An option of TLS may be unknown, or not allowed.
+        pool.connection_class(**pool.connection_kwargs)
+    except (TypeError, ValueError, redis.exceptions.RedisError):
         raise _malformed(url) from None
     return redis.asyncio.Redis.from_pool(pool)
 
@@ -121,7 +123,9 @@ def connect_sync(
         pool = redis.BlockingConnectionPool.from_url(
             url, max_connections=max_connections, timeout=timeout_s, **options
         )
-    except ValueError:
+        # Made to be checked; it connects to nothing. An option of TLS may be unknown, or not allowed.
+        pool.connection_class(**pool.connection_kwargs)
+    except (TypeError, ValueError, redis.exceptions.RedisError):
         raise _malformed(url) from None
     return redis.Redis.from_pool(pool)
 
@@ -141,6 +145,7 @@ def _options(
         query = parse_qsl(parts.query, keep_blank_values=True)
         username, password = parts.username, parts.password
         _ = parts.port  # parsed when asked for
+        (parts.hostname or "").encode("idna")  # as the resolver will
     except ValueError:
         raise _malformed(url) from None
     if parts.scheme not in SCHEMES:
@@ -149,6 +154,8 @@ def _options(
             f"Redis URL {safe_url(url)!r}: unknown scheme{hint}; write redis://host:port/db, "
             "rediss:// for TLS, unix:///path/to/socket, or embedded:// for a server of our own"
         )
+    if parts.fragment or "\0" in url:  # the rest, a host perhaps, would be ignored
+        raise _malformed(url)
     # redis-py lets the query win over keyword arguments, also for retries and timeouts.
     if wrong := sorted({k for k, _ in query if k not in QUERY_KEYS and not k.startswith("ssl_")}):
         raise SettingsError(
@@ -198,7 +205,7 @@ def _malformed(url: str) -> SettingsError:
     # The parser's own message is left out: it quotes pieces of the URL, passwords included.
     return SettingsError(
         f"Redis URL {safe_url(url)!r} cannot be parsed; percent-encode special characters in "
-        "the password, and check the port and the query"
+        "the password (# is %23), and check the host, the port and the query"
     )
 
 

@@ -54,7 +54,11 @@ def ask(settings: "Settings", call: Callable[[Any, str], Awaitable[T]]) -> T:
     from rollfleet_common.redis import connect, translate  # noqa: PLC0415  # heavy
 
     scheme, _, where = settings.redis_url.partition("?")[0].partition("://")
-    if scheme == "embedded" and not (where.strip("/") and Path(unquote(where)).is_dir()):
+    if (
+        scheme == "embedded"
+        and "#" not in where
+        and not (where.strip("/") and Path(unquote(where)).is_dir())
+    ):
         raise SettingsError(
             f"{settings.redis_url!r} would be a fresh, empty server of this command alone: give "
             "the directory of the run's own, embedded:///path/to/dir, or its URL"

@@ -37,18 +37,23 @@ from rollfleet.replay import Replay, replay
 from rollfleet.settings import TrainerSettings
 from rollfleet.sources import Epochs
 from rollfleet_common.errors import (
+    BrokerError,
     BrokerSetupError,
     BrokerUnavailableError,
+    CodecError,
     CollectiveError,
     InvalidPromptError,
+    InvalidSampleError,
     OversizeError,
     PolicyError,
     RankError,
     RefitError,
     RollfleetError,
+    SchemaError,
     SettingsError,
     StarvedError,
     SupersededError,
+    WireError,
 )
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Header, Kind, LogprobsKind, Prompt, Rollout, Sample
@@ -69,8 +74,10 @@ __all__ = [
     "Batch",
     "BiasMeter",
     "Books",
+    "BrokerError",
     "BrokerSetupError",
     "BrokerUnavailableError",
+    "CodecError",
     "CollectiveError",
     "Cost",
     "DropStale",
@@ -81,6 +88,7 @@ __all__ = [
     "GroupStats",
     "Header",
     "InvalidPromptError",
+    "InvalidSampleError",
     "Kind",
     "LogprobsKind",
     "Mask",
@@ -102,6 +110,7 @@ __all__ = [
     "RollfleetError",
     "Rollout",
     "Sample",
+    "SchemaError",
     "SegmentWise",
     "SettingsError",
     "StandardPPO",
@@ -112,6 +121,7 @@ __all__ = [
     "TrainerSettings",
     "Wait",
     "Windowed",
+    "WireError",
     "collate",
     "connect",
     "connect_ranks",

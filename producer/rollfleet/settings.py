@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from rollfleet_common.errors import SettingsError
 from rollfleet_common.limits import Limits
 from rollfleet_common.servers import server_name, server_url
 from rollfleet_common.settings import Settings
@@ -187,15 +188,23 @@ class TrainerSettings(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        check_shape(
-            samples_per_version=self.samples_per_version,
-            batch_size=self.batch,
-            group_size=self.group_size,
-            max_staleness=self.max_staleness,
-            pipeline_depth=self.depth,
-            oversample=self.oversample,
-            torn=self.min_group_size is not None and self.min_group_size < self.group_size,
-        )
+        try:
+            check_shape(
+                samples_per_version=self.samples_per_version,
+                batch_size=self.batch,
+                group_size=self.group_size,
+                max_staleness=self.max_staleness,
+                pipeline_depth=self.depth,
+                oversample=self.oversample,
+                torn=self.min_group_size is not None and self.min_group_size < self.group_size,
+            )
+        except SettingsError as exc:
+            said = str(exc)
+            if self.batch_size is None and "batch_size" in said:
+                said += "; batch_size is samples_per_version where it is not given"
+            if self.pipeline_depth is None and "pipeline_depth" in said:
+                said += "; pipeline_depth is max_staleness where it is not given"
+            raise ValueError(said) from None
         if self.min_group_size is not None and self.min_group_size > self.group_size:
             raise ValueError(
                 f"min_group_size = {self.min_group_size} is more than group_size = {self.group_size}"

@@ -288,6 +288,9 @@ def test_a_binary_that_is_none_is_named(tmp_path: Path) -> None:
         ("embedded://?port=70000", "65535"),
         ("embedded://?appendonly=yes", "no, everysec or always"),
         ("embedded://?maxmemory=lots", "512mb"),
+        ("embedded:///tmp/a#b", "as %23"),
+        ("embedded:///tmp/a%00b", "NUL"),
+        ("embedded://[bad", "cannot be parsed"),
     ],
 )
 def test_a_wrong_embedded_url_is_refused_in_words(url: str, said: str) -> None:
@@ -297,7 +300,8 @@ def test_a_wrong_embedded_url_is_refused_in_words(url: str, said: str) -> None:
 
 
 def test_resolve_leaves_other_urls_alone_and_takes_every_option() -> None:
-    assert resolve("redis://h:1/2") == ("redis://h:1/2", None)
+    for other in ("redis://h:1/2", "redis://:pw@[bad", "redis://:a#b@h"):
+        assert resolve(other) == (other, None)
     url, server = resolve("embedded://?port=0&appendonly=always&maxmemory=32mb")
     assert server is not None
     with server, connect_sync(url, role="test") as client:

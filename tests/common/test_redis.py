@@ -65,6 +65,12 @@ def test_a_printed_url_has_no_password(url: str, printed: str) -> None:
         ("redis://:secret@h:port", "cannot be parsed"),
         ("redis://:sec/ret@h", "percent-encode"),
         ("redis://[::1", "cannot be parsed"),
+        ("redis://:secret@[bad", "cannot be parsed"),
+        ("redis://:sec#ret@h", "# is %23"),
+        ("redis://:secret@a..b", "check the host"),
+        ("rediss://:secret@h?ssl_foo=1", "the query"),
+        ("redis://:secret@h?ssl_ca_certs=/x", "the query"),
+        ("rediss://:secret@h?ssl_cert_reqs=perhaps", "the query"),
         ("redis://:secret@h?retry_on_timeout=1&socket_timeout=9", "retry_on_timeout, socket_timeo"),
     ],
 )

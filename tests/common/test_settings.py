@@ -321,6 +321,53 @@ def test_health_port_may_be_off_and_strict_has_two_flags(env: dict[str, str]) ->
     assert (s.health_port, s.strict) == (None, False)
 
 
+HOSTILE = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        ["nan", "inf", "-1", "1e999", "9" * 400, "[1", '{"a": 1}', "[[]]", "\x00", "tcp://h:1"]
+    ),
+    st.sampled_from(["http://[bad", "redis://:pw@[bad", "http://h:99999", "a=b:c,a=b:c", "\ud800"]),
+)
+
+
+@pytest.mark.parametrize("part", [WorkerSettings, TrainerSettings])
+@given(data=st.data())
+def test_any_text_is_a_value_or_an_error_that_names_the_setting(
+    part: type[Settings], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(list(part.model_fields)))
+    value = data.draw(HOSTILE)
+    workflow = {"workflows": {"a": "m:C"}} if part is WorkerSettings else {}
+    try:
+        part.load(**{**workflow, name: value})
+    except SettingsError as exc:
+        assert name in str(exc)  # noqa: PT017 - either is right
+
+
+@pytest.mark.parametrize("part", [WorkerSettings, TrainerSettings])
+@given(
+    data=st.data(),
+    value=st.one_of(
+        st.integers(),
+        st.floats(),
+        st.booleans(),
+        st.none(),
+        st.binary(max_size=4),
+        st.lists(st.one_of(st.integers(), st.text(max_size=3), st.none()), max_size=3),
+        st.dictionaries(st.text(max_size=3), st.one_of(st.none(), st.text(max_size=3)), max_size=2),
+    ),
+)
+def test_any_object_is_a_value_or_an_error_that_names_the_setting(
+    part: type[Settings], data: st.DataObject, value: object
+) -> None:
+    name = data.draw(st.sampled_from(list(part.model_fields)))
+    workflow = {"workflows": {"a": "m:C"}} if part is WorkerSettings else {}
+    try:
+        part.load(**{**workflow, name: value})
+    except SettingsError as exc:
+        assert name in str(exc)  # noqa: PT017 - either is right
+
+
 def test_every_setting_is_described() -> None:
     described = {one.name: one for one in WorkerSettings.described()}
     assert list(described) == list(WorkerSettings.model_fields)

@@ -131,6 +131,31 @@ def test_worker_help_tells_every_setting() -> None:
             {},
             "would be a fresh, empty server",
         ),
+        (
+            ["status", "--redis-url", "redis://:sesame@[bad"],
+            {},
+            "redis://:***@[bad' cannot be pars",
+        ),
+        (["status", "--redis-url", "redis://:ses#ame@h"], {}, "(# is %23)"),
+        (["status", "--redis-url", "embedded:///tmp#b"], {}, "as %23"),
+        (["status", "--redis-url", "redis://:sesame@a..b"], {}, "check the host"),
+        (["status", "--redis-url", "rediss://:sesame@h?ssl_x=1"], {}, "the query"),
+        (["status", "--run", "a/b"], {}, "cannot be part of a Redis key"),
+        (["status", "--config", "/no/such"], {}, "settings file /no/such"),
+        (["status", "--config", "/"], {}, "settings file /: Is a directory"),
+        (["server", "add", "http://[bad"], {}, "should be a URL"),
+        (["doctor", "--lease", "soon"], {}, "--lease = 'soon'"),
+        (
+            [
+                "worker",
+                "--workflow",
+                "fixtures.workflows:Echo",
+                "--redis-url",
+                "redis://:sesame@[bad",
+            ],
+            {},
+            "cannot be pa",
+        ),
     ],
 )
 def test_errors_are_one_line_on_stderr_and_exit_code_2(

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
+import msgpack
+import pytest
 from fixtures.rollouts import make_rollout
 
 import rollfleet
@@ -53,3 +56,15 @@ def test_a_rollback_before_the_first_row_shows_in_what_is_ahead(tmp_path: Path) 
 def test_a_server_that_was_ahead_of_the_board_is_no_rollback(tmp_path: Path) -> None:
     path = recorded(tmp_path / "c", [(1, 5, [(6, 1), (5, 1)]), (2, 6, [(6, 1)])])
     assert staleness(path) == [[-1, 0], [0]]
+
+
+@pytest.mark.parametrize("payload", [7, 1.5, "text", [b"x"], {"a": 1}, True])
+def test_a_payload_that_is_no_bytes_is_an_error_that_names_its_row(
+    tmp_path: Path, payload: object
+) -> None:
+    path = recorded(tmp_path / "d", [(1, 5, [(5, 2)])])
+    rows = list(msgpack.Unpacker(BytesIO(path.read_bytes())))
+    rows[1][2] = payload
+    path.write_bytes(b"".join(map(msgpack.packb, rows)))
+    with pytest.raises(rollfleet.CodecError, match=r"d, row 1: .*payload is \w+, not bytes"):
+        rollfleet.replay(path)

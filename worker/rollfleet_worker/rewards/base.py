@@ -223,7 +223,7 @@ def _pickled(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], what: str) 
     except Exception as exc:  # pickle raises what it likes
         raise RewardError(
             f"{what} cannot be sent to a process ({exc}): define it at the top level of a module "
-            "that workers can import, or run it in the event loop (RewardPool(inline=True))"
+            "that workers can import, or run it in the event loop (--reward-processes 0)"
         ) from exc
     try:
         return pickle.dumps((fn, args, kwargs), pickle.HIGHEST_PROTOCOL)
