@@ -9,6 +9,7 @@ train_sort.py says, and stop it and start it again as you like:
 """
 
 import argparse
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -73,15 +74,20 @@ def main() -> None:
             weights = args.weights / f"v{fleet.version}.safetensors"
             fleet.publish(fleet.version, weights=str(weights.resolve()))
         fleet.feed(source())
+
+        def checkpointed() -> None:
+            """Make what was trained durable, and only then let the fleet free it."""
+            saved = {"policy": policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save({**saved, "done": done, "fleet": fleet.state_dict()}, temporary)
+            temporary.replace(checkpoint)
+            fleet.commit()
+
         dataset = RolloutDataset(fleet, args.steps - done, commit="checkpoint", form="dict")
         for batch in DataLoader(dataset, batch_size=None):
             # Here all batches before this one are settled, and trained: the moment to save.
             if done and done % args.checkpoint_every == 0:
-                saved = {"policy": policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-                temporary = checkpoint.with_suffix(".tmp")
-                torch.save({**saved, "done": done, "fleet": fleet.state_dict()}, temporary)
-                temporary.replace(checkpoint)
-                fleet.commit()
+                checkpointed()
             advantages, _ = group_advantages(batch["rewards"], batch["group_ids"])
             trainer.step(batch["input_ids"], batch["loss_mask"], batch["logprobs"], advantages)
             done += 1
@@ -89,9 +95,13 @@ def main() -> None:
             save(policy, path, fleet.version + 1)
             fleet.publish(weights=str(path.resolve()))
             print(f"step {done}: reward {batch['rewards'].mean().item():.3f}", flush=True)
-        fleet.commit()
+        checkpointed()
         print(fleet.books())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except rollfleet.LostBatchesError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(exc.exit_code)  # starting it again would end the same way

@@ -14,6 +14,7 @@ ranks as it is given then, and is handed exactly what was trained since, once mo
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,4 +175,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except rollfleet.LostBatchesError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(exc.exit_code)  # starting it again would end the same way

@@ -14,10 +14,12 @@ the model, then run the three beside each other, on a machine with a GPU:
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rollfleet_common.errors import LostBatchesError
 from rollfleet_common.messages import Int32
 from rollfleet_console.demo.task import END_ID, PAD_ID, VOCABULARY, encode, prompts
 from rollfleet_worker.workflows.single_turn import SingleTurn
@@ -148,4 +150,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LostBatchesError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(exc.exit_code)  # starting it again would end the same way

@@ -18,10 +18,10 @@ from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.schemas import Schemas, spoken
 from rollfleet_common.scripts import load
 
-__all__ = ["Board", "Seized", "Shape"]
+__all__ = ["Board", "Claimed", "Seized", "Shape"]
 
-_SEIZE, _HOLD, _RELEASE, _PUBLISH, _PLAN = map(
-    load, ("seize", "hold", "release", "publish", "plan")
+_CLAIM, _SEIZE, _HOLD, _RELEASE, _PUBLISH, _PLAN = map(
+    load, ("claim", "seize", "hold", "release", "publish", "plan")
 )
 
 
@@ -57,6 +57,18 @@ class Seized:
     left_ms: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The outcome of asking for the lease on a run."""
+
+    ok: bool
+    #: Number of the youngest batch that was ever committed; 0: none was.
+    last_committed: int = 0
+    #: If refused: who holds it and for how long its lease still runs.
+    holder: str = ""
+    left_ms: int = 0
+
+
 class Board:
     """The board of one run."""
 
@@ -65,6 +77,19 @@ class Board:
         self.keys = keys
 
     # ---- the trainer -------------------------------------------------------------------------
+
+    async def claim(self, token: str, lease_ms: int, who: str, *, take_over: bool) -> Claimed:
+        """Ask for the lease on the run, and shut its last trainer out; :meth:`seize` comes after.
+
+        From here on nobody else commits a batch, and nothing that workers follow has changed.
+        """
+        k = self.keys
+        reply = await _CLAIM(
+            self.client, [k.trainer, k.board], [token, lease_ms, who, int(take_over)]
+        )
+        if reply[0] == 0:
+            return Claimed(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))
+        return Claimed(ok=True, last_committed=int(reply[1]))
 
     async def seize(
         self,
@@ -112,14 +137,23 @@ class Board:
         k = self.keys
         self._held(await _PUBLISH(self.client, [k.board, k.news], [token, *flat]))
 
-    async def plan(self, token: str, batch: int, plan: bytes | None) -> None:
+    async def plan(
+        self, token: str, batch: int, plan: bytes | None, *, committed: bool = False
+    ) -> None:
         """Write the plan of a batch (the commit point), or forget it.
+
+        Args:
+            token: The trainer's.
+            batch: Its number.
+            plan: What is to stand there; None: nothing.
+            committed: Whether this commits the batch: the board keeps the last such number.
 
         Raises:
             SupersededError: Another trainer has opened the run.
         """
         k = self.keys
-        self._held(await _PLAN(self.client, [k.board, k.batches], [token, batch, plan or b""]))
+        args = [token, batch, plan or b"", int(committed)]
+        self._held(await _PLAN(self.client, [k.board, k.batches], args))
 
     async def plans(self) -> dict[int, bytes]:
         """The plans that stand, by batch number, in order."""

@@ -16,6 +16,7 @@
     │   ├── BrokerUnavailableError          Redis cannot be reached (transient: retried)
     │   └── BrokerSetupError                Redis refuses us or is set up so that it may lose data
     ├── SupersededError                     another trainer has opened this run
+    ├── LostBatchesError                    the checkpoint is older than what the run has committed
     ├── StarvedError (TimeoutError)         no batch came in the time allowed, with the reason
     ├── PolicyError                         a freshness policy raised, or answered nonsense
     ├── RankError                           something of no name here failed on a rank; all raise it
@@ -60,6 +61,7 @@ __all__ = [
     "InfraError",
     "InvalidPromptError",
     "InvalidSampleError",
+    "LostBatchesError",
     "OverloadedError",
     "OversizeError",
     "PolicyError",
@@ -162,6 +164,26 @@ class SupersededError(RollfleetError):
             "trainers on one run is a mistake unless the second took over on purpose; give each "
             "its own run name"
         )
+
+
+class LostBatchesError(RollfleetError):
+    """A trainer resumes from a checkpoint, and batches were committed after it was saved.
+
+    They would never be served again, so the model that is resumed would lack them.
+    """
+
+    #: What a program that runs a trainer ends with, so that a supervisor can tell it from a crash.
+    exit_code = 65
+
+    #: Last batch that the checkpoint holds; -1 if unknown.
+    saved: int
+    #: Last batch that was committed; -1 if unknown.
+    committed: int
+
+    def __init__(self, message: str, saved: int = -1, committed: int = -1) -> None:
+        super().__init__(message)
+        self.saved = saved
+        self.committed = committed
 
 
 class StarvedError(RollfleetError, TimeoutError):

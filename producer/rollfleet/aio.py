@@ -24,7 +24,7 @@ from rollfleet.consume import BLOCK_MS
 from rollfleet.freshness import Policy
 from rollfleet.guarded import Guarded, policy_named
 from rollfleet.line import Line
-from rollfleet.opening import REACH_S, check, wipe
+from rollfleet.opening import REACH_S, State, check, check_lost, read_state, wipe
 from rollfleet.parts import Needs, Parts
 from rollfleet.payloads import Accept
 from rollfleet.refits.drivers import Weights
@@ -62,7 +62,9 @@ class AsyncFleet:
         policy: Which groups may be trained on; None for the one that the settings name.
         should_accept: Told the decoded rollouts of a group that is otherwise fine; False drops it
             as ``rejected``, and another takes its place.
-        state: What :meth:`state_dict` returned, to resume from that checkpoint.
+        state: What :meth:`state_dict` returned, to resume from that checkpoint; or a function,
+            plain or async, that returns it (or None), called once this trainer holds the run: what
+            it reads cannot be older than what the trainer before it saved last.
         version: The policy's version now; None: wherever the run is (0 for a new one).
         collate: Options of :func:`rollfleet.collate` for ``batch.tensors``; and `device`, where these
             are to be: ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for CUDA where there is any.
@@ -74,7 +76,7 @@ class AsyncFleet:
         *,
         policy: Policy | None = None,
         should_accept: Accept | None = None,
-        state: Mapping[str, Any] | None = None,
+        state: State = None,
         version: int | None = None,
         collate: Mapping[str, Any] | None = None,
     ) -> None:
@@ -93,12 +95,16 @@ class AsyncFleet:
             settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
         )
         self._accept = should_accept
-        self._state = dict(state or {})
-        if self._state and self._state.get("run") != settings.run:
+        if isinstance(state, Mapping) and state and state.get("run") != settings.run:
             raise SettingsError(
-                f"the state is of run {self._state.get('run')!r}, not of {settings.run!r}"
+                f"the state is of run {state.get('run')!r}, not of {settings.run!r}"
             )
-        self._want = self._state.get("version", NO_VERSION) if version is None else version
+        self._given = state
+        self._state: dict[str, Any] = {}
+        self._at = version
+        #: Batches that were committed after the checkpoint that was resumed, and so are in no
+        #: model; an upper bound, 0 unless ``lost_batches="accept"``.
+        self.lost_batches = 0
         self._collate = dict(collate or {})
         #: Decodes and collates, so that the loop goes on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollfleet-load")
@@ -128,6 +134,7 @@ class AsyncFleet:
             BrokerUnavailableError: Redis cannot be reached.
             BrokerSetupError: Redis refuses us, or cannot hold what the settings ask for.
             SettingsError: Another trainer holds the run.
+            LostBatchesError: Batches were committed after `state` was saved; nothing has changed.
         """
         s = self.settings
         self._client = connect(s.redis_url, role=f"trainer-{s.run}")
@@ -159,7 +166,7 @@ class AsyncFleet:
                 deadline_s=REACH_S,
                 url=s.redis_url,
             )
-            await self._tenure.take(self._want)
+            await self._take()
             # It may be repeated: every step of it is idempotent.
             await retry(self._build, what="open the run", deadline_s=REACH_S, url=s.redis_url)
             await self.refits.open(Weights(self.version, self._tenure.weights, s.adapter))
@@ -210,6 +217,15 @@ class AsyncFleet:
             for client in (self._client, *self._readers):
                 await client.aclose()
 
+    async def _take(self) -> None:
+        """Take the run, at the version of the state."""
+        last_committed = await self._tenure.claim()
+        reading = read_state(self._given, self.settings.run)
+        self._state = await self._tenure.while_held(reading)
+        self.lost_batches = check_lost(self._state, last_committed, self.settings)
+        want = self._state.get("version", NO_VERSION) if self._at is None else self._at
+        await self._tenure.take(want)
+
     async def _build(self) -> None:
         """Build the parts on the run that was taken."""
         parts = await Parts.build(
@@ -230,6 +246,7 @@ class AsyncFleet:
                 announce=self._announce,
                 out=self._out,
                 owed=self._owed,
+                lost=self.lost_batches,
             )
         )
         self.consumer, self.payloads = parts.consumer, parts.payloads
@@ -499,6 +516,7 @@ class AsyncFleet:
             "run": self.settings.run,
             "version": self.version,
             "batch": self.commits.last_trained,
+            **({"beyond": beyond} if (beyond := self.commits.beyond) else {}),
             "position": self.submitter.cursor + 1,
             "open": sorted(p.position for p in self._out.values() if p.position >= 0),
             "recent": list(self.consumer.recent),

@@ -1,7 +1,8 @@
 """What runs beside a trainer: tasks whose first failure is kept, and told to whoever calls next."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from rollfleet_common.errors import RollfleetError
 from rollfleet_common.logs import get_logger
@@ -18,12 +19,14 @@ class Background:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._tasks: list[asyncio.Task[None]] = []
+        self._lives: list[Coroutine[Any, Any, None]] = []
         self._error: RollfleetError | None = None
 
-    def spawn(self, life: Awaitable[None], name: str) -> None:
+    def spawn(self, life: Coroutine[Any, Any, None], name: str) -> None:
         """Run `life` until it ends, fails, or :meth:`close`."""
         task = asyncio.create_task(self._guarded(life, name), name=f"rollfleet-{name}")
         self._tasks.append(task)
+        self._lives.append(life)
 
     def check(self) -> None:
         """Raise what failed first, if anything did.
@@ -38,8 +41,11 @@ class Background:
         """Cancel all tasks, and wait for them. Idempotent."""
         await cancel_all(self._tasks)
         self._tasks.clear()
+        for life in self._lives:
+            life.close()  # one that never began would be complained about when it is collected
+        self._lives.clear()
 
-    async def _guarded(self, life: Awaitable[None], name: str) -> None:
+    async def _guarded(self, life: Coroutine[Any, Any, None], name: str) -> None:
         try:
             await life
         except asyncio.CancelledError:

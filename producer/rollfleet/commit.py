@@ -40,6 +40,7 @@ class Commits:
         version: Callable[[], int],
         number: int,
         collate: Mapping[str, Any],
+        lost: int = 0,
     ) -> None:
         self.board = board
         self.token = token
@@ -51,6 +52,8 @@ class Commits:
         #: Number of the last batch that was handed over.
         self.number = number
         self.collate = collate
+        #: Batches that were committed after the checkpoint that was resumed: no model has them.
+        self.lost = lost
         self.open: list[Batch] = []
         #: The version that was handed over last, and how many samples it got so far.
         self.given = (NO_VERSION, 0)
@@ -139,7 +142,7 @@ class Commits:
         if batch not in self.open:
             raise RollfleetError(f"batch {batch.number} is not open in this trainer")
         plan = Plan.of(batch.number, state, batch.groups, batch.version)
-        await self._plan(batch.number, plan.dumps())
+        await self._plan(batch.number, plan.dumps(), committed=state == "committed")
         verb = "train" if state == "trained" else "commit"
         await self.line(
             lambda: plan.settle(verb, self.token, self.streams), f"{verb} batch {batch.number}"
@@ -169,6 +172,13 @@ class Commits:
         handed = [batch.number for batch in self.open if batch.state == "handed"]
         return min(handed) - 1 if handed else self.number
 
+    @property
+    def beyond(self) -> list[int]:
+        """Numbers above :attr:`last_trained` that were trained, or committed, all the same."""
+        last = self.last_trained
+        handed = {batch.number for batch in self.open if batch.state == "handed"}
+        return [number for number in range(last + 1, self.number + 1) if number not in handed]
+
     def _counted(self, batch: Batch, waited_s: float) -> dict[str, float]:
         headers = [rollout.header for rollout in batch.rollouts]
         stale = batch.staleness
@@ -181,17 +191,21 @@ class Commits:
             "rollfleet/staleness_mean": sum(stale) / len(stale),
             "rollfleet/staleness_max": max(stale),
             "rollfleet/outstanding": self.pacer.outstanding,
+            "rollfleet/lost_batches": self.lost,
             "rollfleet/ready": sum(len(g.members) for g in self.consumer.ready.values()),
             **{f"rollfleet/dropped/{reason}": count for reason, count in drops.items()},
         }
 
-    async def _plan(self, number: int, plan: bytes | None) -> None:
+    async def _plan(self, number: int, plan: bytes | None, *, committed: bool = False) -> None:
         """Write the plan of a batch, or forget it; to the end, though the caller be cancelled.
 
         A write that was left to itself could reach Redis after the next one, and undo that.
         """
         await self._writes.idle()
-        await self._writes(self._put(number, plan))
+        await self._writes(self._put(number, plan, committed))
 
-    async def _put(self, number: int, plan: bytes | None) -> None:
-        await self.line(lambda: self.board.plan(self.token, number, plan), f"plan batch {number}")
+    async def _put(self, number: int, plan: bytes | None, committed: bool) -> None:
+        await self.line(
+            lambda: self.board.plan(self.token, number, plan, committed=committed),
+            f"plan batch {number}",
+        )

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
 from rollfleet.freshness import Policy
+from rollfleet.opening import State
 from rollfleet.payloads import Accept
 from rollfleet.settings import TrainerSettings
 from rollfleet.sources import Epochs
@@ -31,7 +32,7 @@ def connect(
     *,
     policy: Policy | str | None = None,
     should_accept: Accept | None = None,
-    state: Mapping[str, Any] | None = None,
+    state: State = None,
     version: int | None = None,
     collate: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -43,13 +44,16 @@ def connect(
         policy: What may be trained on: a policy, or the name of one (``drop``, the default,
             ``mask``, ``wait``, ``standard``, ``segment``, ``segment-recomputed``).
         should_accept: Told the rollouts of a group; False drops it and another takes its place.
-        state: What :meth:`Fleet.state_dict` returned, to resume from a checkpoint.
+        state: What :meth:`Fleet.state_dict` returned, to resume from a checkpoint; or a function
+            that returns it, called once this trainer holds the run (see :class:`AsyncFleet`).
         version: The policy's version now; by default wherever the run is.
         collate: Options of :func:`rollfleet.collate` for ``batch.tensors``.
         settings: Fields of :class:`TrainerSettings`; also read from ``ROLLFLEET_*`` and TOML.
 
     Raises:
         SettingsError: A setting is unknown or must deadlock, or another trainer holds the run.
+        LostBatchesError: Batches were committed after `state` was saved; ``lost_batches="accept"``
+            opens the run all the same.
         BrokerUnavailableError: Redis cannot be reached.
         BrokerSetupError: Redis refuses us, or is set up so that it may lose data (`strict`).
     """

@@ -1,19 +1,28 @@
 """Opening a run: is Redis fit for it, is it free, and what did the last trainer leave in it."""
 
 import asyncio
+import inspect
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from rollfleet.settings import TrainerSettings
-from rollfleet_common.board import Board, Seized, Shape
-from rollfleet_common.errors import BrokerSetupError, SettingsError
+from rollfleet_common.board import Board, Shape
+from rollfleet_common.errors import BrokerSetupError, LostBatchesError, SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import check_server, retry, safe_url
 
-__all__ = ["REACH_S", "check", "seize", "shape", "wipe"]
+__all__ = ["REACH_S", "State", "check", "check_lost", "claim", "read_state", "shape", "wipe"]
 
 log = get_logger("rollfleet.trainer")
+
+#: What `state_dict` returned, or a function that reads it; None: there is none.
+State = (
+    Mapping[str, Any]
+    | Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any] | None] | None]
+    | None
+)
 
 #: How long an unreachable Redis is tried before the trainer is told.
 REACH_S = 10.0
@@ -63,8 +72,11 @@ def shape(s: TrainerSettings) -> Shape:
     return Shape(s.partitions, s.samples_per_version, s.max_staleness, s.depth)
 
 
-async def seize(board: Board, token: str, s: TrainerSettings, version: int) -> Seized:
-    """Take the run, waiting out the lease of a trainer that died.
+async def claim(board: Board, token: str, s: TrainerSettings) -> int:
+    """Take the lease on the run, waiting out that of a trainer that died.
+
+    Returns:
+        The number of the last batch that was committed; nobody else commits from here on.
 
     Raises:
         SettingsError: Another trainer holds the run, and renews its lease.
@@ -72,17 +84,70 @@ async def seize(board: Board, token: str, s: TrainerSettings, version: int) -> S
     deadline = time.monotonic() + s.lease_s + 2
     lease_ms = int(s.lease_s * 1000)
     while True:
-        seized = await board.seize(
-            token, lease_ms, token, shape(s), version=version, take_over=s.take_over
-        )
-        if seized.ok:
-            return seized
+        claimed = await board.claim(token, lease_ms, token, take_over=s.take_over)
+        if claimed.ok:
+            return claimed.last_committed
         if time.monotonic() > deadline:
             raise SettingsError(
-                f"run {s.run!r} is held by trainer {seized.holder}, which renewed its lease "
-                f"{s.lease_s - seized.left_ms / 1000:.1f} s ago: two trainers on one run would "
+                f"run {s.run!r} is held by trainer {claimed.holder}, which renewed its lease "
+                f"{s.lease_s - claimed.left_ms / 1000:.1f} s ago: two trainers on one run would "
                 "train on each other's rollouts. Choose another run name, stop the other trainer, "
                 "or pass take_over=True to supersede it"
             )
-        log.info("waiting for the run", holder=seized.holder, left_ms=seized.left_ms)
-        await asyncio.sleep(min(seized.left_ms / 1000 + 0.05, 1.0))
+        log.info("waiting for the run", holder=claimed.holder, left_ms=claimed.left_ms)
+        await asyncio.sleep(min(claimed.left_ms / 1000 + 0.05, 1.0))
+
+
+async def read_state(state: State, run: str) -> dict[str, Any]:
+    """The checkpoint's part of the fleet; a function is called in a thread of its own.
+
+    Raises:
+        SettingsError: It is no mapping, or of another run.
+    """
+    found: Any = state
+    if callable(state):
+        found = await asyncio.to_thread(state)
+        if inspect.isawaitable(found):
+            found = await found
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise SettingsError(
+            f"state is {type(found).__name__}; give what state_dict() returned, a function that "
+            "returns that, or None"
+        )
+    read = dict(found)
+    if read and read.get("run") != run:
+        raise SettingsError(f"the state is of run {read.get('run')!r}, not of {run!r}")
+    return read
+
+
+def check_lost(state: Mapping[str, Any], last_committed: int, s: TrainerSettings) -> int:
+    """How many batches were committed after `state` was saved, at most; logged if accepted.
+
+    Raises:
+        LostBatchesError: There are some, and `lost_batches` is "refuse".
+    """
+    if "batch" not in state:
+        return 0  # a trainer without a checkpoint takes the run wherever it is
+    saved = int(state["batch"])
+    known = max([saved, *map(int, state.get("beyond", ()))])
+    if last_committed <= known:
+        return 0
+    lost = last_committed - known
+    what = (
+        f"run {s.run!r}: the state ends at batch {known}, and batches up to {last_committed} were "
+        f"committed after it was saved: they are not served again, and the model that resumes from "
+        "this state was not trained on them"
+    )
+    if s.lost_batches == "accept":
+        log.warning("batches are lost", saved=known, committed=last_committed, lost=lost)
+        return lost
+    raise LostBatchesError(
+        f"{what}. Resume from the newest checkpoint (state= also takes a function, which is called "
+        "once the trainer before has let go of the run); or accept the loss with "
+        'lost_batches="accept" or ROLLFLEET_LOST_BATCHES=accept. To prevent it, commit after a '
+        'checkpoint is durable: commit="checkpoint"',
+        known,
+        last_committed,
+    )

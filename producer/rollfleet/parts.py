@@ -55,6 +55,8 @@ class Needs:
     out: dict[str, Prompt] = field(default_factory=dict)
     #: Batch by group of what an earlier trainer owes; a build that is repeated adds to it.
     owed: dict[str, int] = field(default_factory=dict)
+    #: Batches that were committed after the checkpoint, which the settings accept.
+    lost: int = 0
 
 
 class Parts:
@@ -78,7 +80,8 @@ class Parts:
         tenure = needs.tenure
         cursors = await tenure.fence()
         last = int(needs.state.get("batch", 0))
-        await recover(tenure.board, tenure.token, tenure.streams, last, needs.owed)
+        beyond = [int(number) for number in needs.state.get("beyond", ())]
+        await recover(tenure.board, tenure.token, tenure.streams, last, needs.owed, beyond)
         history = History(await tenure.board.rollbacks())
         tenure.form = await tenure.board.form()
         number = max(await tenure.board.last_batch(), last)
@@ -137,6 +140,7 @@ class Parts:
             version=version,
             number=number,
             collate={"max_bytes": s.max_batch_bytes, **needs.collate},
+            lost=needs.lost,
         )
         self.submitter = Submitter(
             token=tenure.token,

@@ -6,7 +6,7 @@
   commits only at checkpoints gets back exactly what was trained since the last one.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -98,6 +98,7 @@ async def recover(
     streams: Sequence[Streams],
     last_trained: int,
     replay: MutableMapping[str, int],
+    beyond: Collection[int] = (),
 ) -> None:
     """Finish or undo every plan that stands; may be repeated if it fails half-way.
 
@@ -109,14 +110,16 @@ async def recover(
             are committed. 0: the trainer has no checkpoint, or committed all it holds.
         replay: Takes the batch by group name, of the groups that are owed again. A repeat adds to
             it: what an earlier try forgot in Redis is nowhere else.
+        beyond: Numbers of later batches that are in the checkpoint as well.
     """
     for number, packed in (await board.plans()).items():
         plan = Plan.loads(number, packed)
-        if plan.state == "committed" or number <= last_trained:
+        committed = plan.state == "committed" or number <= last_trained or number in beyond
+        if committed:
             await plan.settle("commit", token, streams)
         else:
             for partition, here in enumerate(streams):
                 owed: list[Any] = [(e, k) for p, e, k, _ in plan.rollouts if p == partition]
                 await here.untrain(token, owed)
             replay.update({name: number for _, name in plan.groups})
-        await board.plan(token, number, None)
+        await board.plan(token, number, None, committed=committed)

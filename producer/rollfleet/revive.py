@@ -91,7 +91,7 @@ class Reviver:
             if self.done(number):
                 log.warning("redis forgot that a batch was committed", batch=number)
                 await Plan.loads(number, packed).settle("commit", self.token, self.streams)
-                await self.board.plan(self.token, number, None)
+                await self.board.plan(self.token, number, None, committed=True)
         async with self._lock:
             missing: list[Prompt] = []
             known = self.consumer.knows

@@ -155,6 +155,11 @@ class TrainerSettings(Settings):
     take_over: bool = Field(
         default=False, description="Open the run even if another trainer holds it."
     )
+    lost_batches: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="What to do when batches were committed after the checkpoint that is resumed: "
+        "refuse to open the run, or accept that no model has them.",
+    )
     fresh: bool = Field(default=False, description="Delete what the run holds, and begin anew.")
 
     @property

@@ -7,16 +7,21 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from rollfleet.line import Line
-from rollfleet.opening import REACH_S, seize, shape
+from rollfleet.opening import REACH_S, claim, shape
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.board import Board
+from rollfleet_common.errors import SupersededError
 from rollfleet_common.messages import NO_VERSION
 from rollfleet_common.redis import retry
 from rollfleet_common.streams import Streams
+from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Tenure"]
+
+T = TypeVar("T")
 
 
 class Tenure:
@@ -43,6 +48,8 @@ class Tenure:
         self.line = line
         self.horizon = horizon
         self.refits = refits
+        #: Whether the lease was ever taken.
+        self.claimed = False
         self.epoch = 0
         self.version = NO_VERSION
         #: Where the weights of `version` are, as it was published.
@@ -50,22 +57,65 @@ class Tenure:
         #: The form of the run's named arrays; see :mod:`rollfleet.forms`.
         self.form = ""
 
-    async def take(self, version: int) -> None:
-        """Take the run in a new epoch, at `version` (NO_VERSION: wherever it is).
+    async def claim(self) -> int:
+        """Take the lease, and shut the last trainer out; returns the last batch committed.
 
         Raises:
-            SettingsError: Another trainer holds it.
+            SettingsError: Another trainer holds the run.
             BrokerError: Redis is away, or refuses us.
         """
-        url = self.settings.redis_url
-        before = await retry(self.board.read, what="read the board", deadline_s=REACH_S, url=url)
+        s = self.settings
         # It may be repeated: the token is ours.
-        seized = await retry(
-            lambda: seize(self.board, self.token, self.settings, version),
+        last = await retry(
+            lambda: claim(self.board, self.token, s),
             what="take the run",
             deadline_s=REACH_S,
-            url=url,
+            url=s.redis_url,
         )
+        self.claimed = True
+        return last
+
+    async def while_held(self, work: Awaitable[T]) -> T:
+        """Await `work` while the lease is renewed.
+
+        Raises:
+            SupersededError: Another trainer has taken the run meanwhile.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=self.settings.lease_s / 3)
+                await self._renew()
+            return task.result()
+        finally:
+            await cancel_all([task])
+
+    async def take(self, version: int) -> None:
+        """Take the run that was claimed in a new epoch, at `version` (NO_VERSION: wherever it is).
+
+        Raises:
+            SupersededError: Another trainer has taken it meanwhile.
+            BrokerError: Redis is away, or refuses us.
+        """
+        s = self.settings
+        before = await retry(
+            self.board.read, what="read the board", deadline_s=REACH_S, url=s.redis_url
+        )
+        seized = await retry(
+            lambda: self.board.seize(
+                self.token,
+                int(s.lease_s * 1000),
+                self.token,
+                shape(s),
+                version=version,
+                take_over=False,
+            ),
+            what="take the run",
+            deadline_s=REACH_S,
+            url=s.redis_url,
+        )
+        if not seized.ok:
+            raise SupersededError.of(s.run)
         self.epoch, self.version = seized.epoch, seized.version
         if before is not None and before[0].version == self.version:
             self.weights = before[0].weights
@@ -111,13 +161,16 @@ class Tenure:
         """
         while True:
             await asyncio.sleep(self.settings.lease_s / 3)
-            await self.line(
-                lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
-                "renew the trainer's lease",
-            )
+            await self._renew()
             if self.line.suspect:
                 self.line.suspect = False
                 await self.line(reconcile, "look for what an outage lost")
+
+    async def _renew(self) -> None:
+        await self.line(
+            lambda: self.board.hold(self.token, int(self.settings.lease_s * 1000)),
+            "renew the trainer's lease",
+        )
 
     async def announce(self) -> None:
         """Put the version on the board and into the fences.
@@ -161,5 +214,5 @@ class Tenure:
 
     async def release(self) -> None:
         """Let go of the run at once, if it was ever taken."""
-        if self.epoch:
+        if self.claimed:
             await self.board.release(self.token)

@@ -585,20 +585,21 @@ async def test_a_cancelled_hand_over_commits_nothing(
 
         await wait_until_async(here, "both groups", 30.0)
         plan = fleet.board.plan
-        planned = asyncio.Event()
+        planned, answered = asyncio.Event(), asyncio.Event()
 
-        async def then_nothing(*args: Any) -> None:
-            await plan(*args)
+        async def late(*args: Any, **more: Any) -> None:
+            await plan(*args, **more)
             planned.set()
-            await asyncio.Event().wait()
+            await answered.wait()
 
-        monkeypatch.setattr(fleet.board, "plan", then_nothing)
+        monkeypatch.setattr(fleet.board, "plan", late)
         asking = asyncio.create_task(fleet.next_batch())
         await planned.wait()
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
         monkeypatch.undo()
+        answered.set()
         # The next one trains another part of what the cancelled one had planned.
         batch = await fleet.next_batch(4)
         assert batch is not None

@@ -364,10 +364,10 @@ async def test_a_redis_that_lost_the_run_takes_what_was_prepared(redis_url: str,
         else:
             plan = hand.fleet.board.plan
 
-            async def lose(*args: Any) -> None:
+            async def lose(*args: Any, **more: Any) -> None:
                 hand.fleet.board.plan = plan  # type: ignore[method-assign]
                 await hand.client.flushall()
-                await plan(*args)
+                await plan(*args, **more)
 
             hand.fleet.board.plan = lose  # type: ignore[method-assign]
         task = asyncio.create_task(hand.next())

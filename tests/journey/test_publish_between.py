@@ -43,15 +43,15 @@ class Publisher:
     def _watch(self, part: Any, method: str, moment: str, *, before: bool = False) -> None:
         call: Callable[..., Awaitable[Any]] = getattr(part, method)
 
-        async def watched(*args: Any) -> Any:
+        async def watched(*args: Any, **more: Any) -> Any:
             if before:
                 await self.publish(moment)
-                return await call(*args)
+                return await call(*args, **more)
             handing = moment != "plan" or (args[2] or b"").find(b"handed") >= 0
             if not handing:
-                return await call(*args)
+                return await call(*args, **more)
             await self.publish(moment)
-            answer = await call(*args)
+            answer = await call(*args, **more)
             if moment == "plan" and self._due("planned"):
                 # Not waited for: it goes on beside what the answer sets off.
                 self.tasks.append(asyncio.create_task(self.fleet.publish()))
@@ -93,10 +93,10 @@ async def held_plan(hand: ByHand) -> tuple[asyncio.Event, asyncio.Event]:
     asked, go = asyncio.Event(), asyncio.Event()
     plan = hand.fleet.board.plan
 
-    async def held(token: str, number: int, packed: bytes | None) -> None:
+    async def held(token: str, number: int, packed: bytes | None, **more: Any) -> None:
         asked.set()
         await go.wait()
-        await plan(token, number, packed)
+        await plan(token, number, packed, **more)
 
     hand.fleet.board.plan = held  # type: ignore[method-assign]
     return asked, go

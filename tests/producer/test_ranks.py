@@ -605,8 +605,8 @@ def test_a_version_published_while_the_plan_is_written_is_the_one_that_counts(
             aio = fleet.leader.aio
             plan, done = aio.board.plan, []
 
-            async def meddled(token: str, number: int, packed: bytes | None) -> None:
-                await plan(token, number, packed)
+            async def meddled(token: str, number: int, packed: bytes | None, **more: Any) -> None:
+                await plan(token, number, packed, **more)
                 if len(done) < 3:
                     done.append(await aio.publish())
 

@@ -13,6 +13,7 @@ from rollfleet.forms import Forms
 from rollfleet.freshness import Policy
 from rollfleet.guarded import Guarded, policy_named
 from rollfleet.micro import Form
+from rollfleet.opening import State
 from rollfleet.payloads import Accept
 from rollfleet.ranks.collective import Collective, Name, collective_named
 from rollfleet.ranks.fleet import RankFleet
@@ -39,7 +40,7 @@ def connect_ranks(
     timeout_s: float = 1800.0,
     policy: Policy | str | None = None,
     should_accept: Accept | None = None,
-    state: Mapping[str, Any] | None = None,
+    state: State = None,
     version: int | None = None,
     collate: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -66,7 +67,8 @@ def connect_ranks(
             in a thread of its own; `judge`, on rank 0. With whole_groups=False, `refine` is told
             the members of a group that are on its rank.
         should_accept: As of :func:`rollfleet.connect`; asked on the rank that has the group.
-        state: Of :meth:`RankFleet.state_dict`; rank 0's counts. The number of ranks may have changed.
+        state: Of :meth:`RankFleet.state_dict`, or a function that returns it; rank 0's counts, and
+            only there a function is called. The number of ranks may have changed.
         version: The policy's version now; by default wherever the run is. Rank 0's counts.
         collate: Options of :func:`rollfleet.collate` for ``batch.tensors``; and `device`.
         settings: Fields of :class:`TrainerSettings`.
