@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Self
 
 from rollfleet.background import Background
@@ -43,6 +44,7 @@ from rollfleet_common.messages import NO_VERSION, Prompt, Rollout
 from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.servers import Servers
 from rollfleet_common.streams import Streams
+from rollfleet_common.tasks import call, is_async
 
 __all__ = ["AsyncFleet"]
 
@@ -94,6 +96,11 @@ class AsyncFleet:
         self.pacer = Pacer(
             settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
         )
+        if should_accept is not None and (not callable(should_accept) or is_async(should_accept)):
+            raise SettingsError(
+                "should_accept must be a plain function of a group's rollouts that returns True or "
+                "False: an async one would never be awaited. Judge slowly in the workflow instead"
+            )
         self._accept = should_accept
         if isinstance(state, Mapping) and state and state.get("run") != settings.run:
             raise SettingsError(
@@ -419,8 +426,8 @@ class AsyncFleet:
         version: int | None = None,
         weights: str = "",
         *,
-        transfer: Callable[[int, str], Awaitable[None]] | None = None,
-        load: Load | None = None,
+        transfer: Callable[[int, str], object] | None = None,
+        load: Callable[[int, Sequence[str]], object] | None = None,
     ) -> int:
         """Announce a new version of the policy; returns it.
 
@@ -434,6 +441,11 @@ class AsyncFleet:
             load: Called as ``load(version, urls)`` while the servers at `urls` are paused, in place
                 of their reading `weights`: for a broadcast. They are tagged and resumed after it.
 
+        `transfer` and `load` may be plain or async. A plain function is called in a thread of its
+        own (where CUDA's current device is the default one), an async one in the fleet's event loop;
+        what they return is not looked at. What `transfer` raises, this raises, and the version is
+        not announced.
+
         Raises:
             RefitError: No server took the weights, and the version is not announced; or fewer did
                 than `refit_quorum` asks for. One that did not is out until it does.
@@ -441,6 +453,9 @@ class AsyncFleet:
             SupersededError: Another trainer has opened the run.
         """
         self._background.check()
+        for name, given in (("transfer", transfer), ("load", load)):
+            if given is not None and not callable(given):
+                raise SettingsError(f"{name} is {type(given).__name__}; it must be a function")
         new = self.version + 1 if version is None else version
         if new < self.version:
             raise SettingsError(
@@ -454,10 +469,11 @@ class AsyncFleet:
 
         if transfer is not None:
             move = transfer
-            await self.refits.hands_off(lambda: move(new, weights))
+            await self.refits.hands_off(lambda: call(move, new, weights))
             await announce()
         elif weights or load is not None:
-            await self.refits.publish(Weights(new, weights, self.settings.adapter), announce, load)
+            moved: Load | None = None if load is None else partial(call, load)
+            await self.refits.publish(Weights(new, weights, self.settings.adapter), announce, moved)
         else:
             await announce()
         self._credit()

@@ -1,7 +1,6 @@
 """Opening a run: is Redis fit for it, is it free, and what did the last trainer leave in it."""
 
 import asyncio
-import inspect
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from rollfleet_common.errors import BrokerSetupError, LostBatchesError, Settings
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import check_server, retry, safe_url
+from rollfleet_common.tasks import call
 
 __all__ = ["REACH_S", "State", "check", "check_lost", "claim", "read_state", "shape", "wipe"]
 
@@ -104,11 +104,7 @@ async def read_state(state: State, run: str) -> dict[str, Any]:
     Raises:
         SettingsError: It is no mapping, or of another run.
     """
-    found: Any = state
-    if callable(state):
-        found = await asyncio.to_thread(state)
-        if inspect.isawaitable(found):
-            found = await found
+    found: Any = await call(state) if callable(state) else state
     if found is None:
         return {}
     if not isinstance(found, Mapping):
