@@ -18,6 +18,7 @@
     ├── SupersededError                     another trainer has opened this run
     ├── LostBatchesError                    the checkpoint is older than what the run has committed
     ├── StarvedError (TimeoutError)         no batch came in the time allowed, with the reason
+    ├── FailingError                        what is fed can only fail: the feed was stopped
     ├── PolicyError                         a freshness policy raised, or answered nonsense
     ├── RankError                           something of no name here failed on a rank; all raise it
     │   └── CollectiveError                 the ranks do not hear each other: one left, died or froze
@@ -57,6 +58,7 @@ __all__ = [
     "EpisodeCancelledError",
     "EpisodeError",
     "EpisodeTimeoutError",
+    "FailingError",
     "FailureKind",
     "InfraError",
     "InvalidPromptError",
@@ -188,6 +190,10 @@ class LostBatchesError(RollfleetError):
 
 class StarvedError(RollfleetError, TimeoutError):
     """No batch came in the time allowed; the message says what the fleet was waiting for."""
+
+
+class FailingError(RollfleetError):
+    """What is fed can only fail: the feed was stopped, and the message has the newest failure."""
 
 
 class PolicyError(RollfleetError):

@@ -118,7 +118,7 @@ class Leases:
     async def _end(self, claim: Claim, failure: Failure, delay_ms: int) -> bool:
         k, p = self.keys, claim.prompt
         keys = [k.prompts(p.route), k.delayed(p.route), k.parked(p.route), k.dead, k.tombstones]
-        keys += [k.ledger, k.group(p.group)]
+        keys += [k.ledger, k.group(p.group), k.fence]
         args: list[Any] = [self.worker, claim.entry, delay_ms]
         args += [
             failure.record(claim.attempt, int(self.clock.now_ms())),
@@ -151,7 +151,7 @@ class Leases:
             return
         failure = Failure(FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker)
         keys = [k.prompts(route), k.delayed(route), k.parked(route), k.dead, k.tombstones]
-        keys += [k.ledger, k.group(group)]
+        keys += [k.ledger, k.group(group), k.fence]
         args = [
             self.worker,
             garbage.entry,
@@ -186,4 +186,5 @@ async def quarantine(
     client: Any, keys: PartitionKeys, stream: str, group: str, garbage: Garbage
 ) -> None:
     """Move an entry that nobody can read off `stream`, keeping its bytes as a dead letter."""
-    await _QUARANTINE(client, [stream, keys.dead, keys.ledger], [group, garbage.entry, garbage.why])
+    names = [stream, keys.dead, keys.ledger, keys.fence]
+    await _QUARANTINE(client, names, [group, garbage.entry, garbage.why])

@@ -118,15 +118,32 @@ class Streams:
 
     # ---- 1. submit ---------------------------------------------------------------------------
 
-    async def open(self, token: str, epoch: int, version: int, min_useful: int) -> int:
+    async def open(
+        self,
+        token: str,
+        epoch: int,
+        version: int,
+        min_useful: int,
+        *,
+        keep: tuple[int, int] = (0, 0),
+    ) -> int:
         """Fence the partition for one trainer; returns the position of its last fed prompt.
+
+        Args:
+            token: The trainer's.
+            epoch: Its epoch.
+            version: Its version.
+            min_useful: The oldest version that is of use to it.
+            keep: Dead letters that the partition keeps at most, and for how many ms; 0: no bound.
 
         Raises:
             SupersededError: A younger trainer has opened it.
         """
         k = self.keys
         opened, *cursor = await _OPEN(
-            self.client, [k.fence, k.rollouts, k.tombstones], [token, epoch, version, min_useful]
+            self.client,
+            [k.fence, k.rollouts, k.tombstones],
+            [token, epoch, version, min_useful, *keep],
         )
         self._fenced(opened != 0)
         return int(cursor[0])
@@ -182,6 +199,15 @@ class Streams:
         settled = int(await _CANCEL(self.client, keys, args))
         self._fenced(settled != -2)
         return settled
+
+    async def make_trainer_groups(self) -> None:
+        """Create the trainer's consumer groups where their stream was deleted. Idempotent."""
+        for stream in (self.keys.rollouts, self.keys.tombstones):
+            try:
+                await self.client.xgroup_create(stream, "trainer", id="0", mkstream=True)
+            except ResponseError as exc:
+                if "BUSYGROUP" not in str(exc):
+                    raise
 
     # ---- 2. claim ----------------------------------------------------------------------------
 

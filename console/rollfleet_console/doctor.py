@@ -75,7 +75,8 @@ async def _fleet(
         *doctor_fleet.routes(s, await doctor_fleet.overdue(client, partitions, now_s)),
         *await doctor_fleet.leases(client, partitions, s, lease_s),
         *await doctor_fleet.backlog(client, partitions, s, now_s),
-        *await doctor_fleet.letters(client, partitions),
+        *await doctor_fleet.letters(client, partitions, s),
+        *doctor_fleet.versions(s),
     ]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
+from rollfleet.causes import future
+from rollfleet.watch import newest_failure
 from rollfleet_common.keys import PartitionKeys
 from rollfleet_console.doctor_server import CLOCK_SLACK_S
 from rollfleet_console.findings import Finding, Severity, some
@@ -26,6 +28,7 @@ __all__ = [
     "overdue",
     "routes",
     "trainer",
+    "versions",
     "workers",
 ]
 
@@ -127,8 +130,21 @@ async def backlog(
     return found or [Finding(Severity.OK, "intake", what)]
 
 
-async def letters(client: Any, partitions: Sequence[PartitionKeys]) -> list[Finding]:
-    """Dead letters and garbage, by what ended them."""
+def versions(s: Snapshot) -> list[Finding]:
+    """Whether all servers serve weights that the trainer has not made."""
+    serving = [x for w in s.workers if not w.lost for x in w.servers if x.up]
+    known = [x.version for x in serving if x.version is not None]
+    if s.policy is None or not s.trainer or not known or len(known) < len(serving):
+        return []
+    if min(known) <= s.policy.version:
+        return []
+    cause = future(min(known), s.policy.version)
+    where = some(sorted({x.name for x in serving}))
+    return [Finding(Severity.WARNING, "servers", cause.evidence, where, cause.remedy)]
+
+
+async def letters(client: Any, partitions: Sequence[PartitionKeys], s: Snapshot) -> list[Finding]:
+    """Dead letters and garbage, by what ended them, with the newest error."""
     reasons: Counter[str] = Counter()
     for k in partitions:
         after, seen = "-", 0
@@ -138,7 +154,14 @@ async def letters(client: Any, partitions: Sequence[PartitionKeys]) -> list[Find
     if not reasons:
         return [Finding(Severity.OK, "letters", "no dead letters")]
     counted = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+    if cut := s.books.counters.get("letters:cut", 0):
+        counted += f"; {cut:,} older ones were cut"
+    if newest := await newest_failure(client, partitions):
+        counted += f"; the newest of them: {newest}"
     fix = "rollfleet dead list; then retry or purge them"
+    if s.books.dead and (torn := s.books.dropped.get("torn", 0)):
+        fix += f". {torn:,} samples came and were dropped because another of their group died: set "
+        fix += "min_group_size to train on groups that lack a sample"
     if reasons["garbage"]:
         fix += ". Garbage was written by something that is not this release of rollfleet"
     return [Finding(Severity.WARNING, "letters", f"dead letters: {counted}", fix=fix)]

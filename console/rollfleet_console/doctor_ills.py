@@ -35,21 +35,33 @@ ILLS: dict[str, tuple[Severity, str, str, str]] = {
             "will never close"
         ),
         (
-            "Redis lost writes, or a prompt was deleted by hand: drop the run's groups with a fresh "
-            "run, or submit them again"
+            "Redis lost writes, or a prompt was deleted by hand: an open trainer submits them again "
+            "within two of its leases; if none is open, start one"
+        ),
+    ),
+    "unheld": (
+        Severity.ERROR,
+        "groups",
+        (
+            "{n} prompt(s) were delivered to a worker that holds no lease on them: nobody runs them, and "
+            "their groups will not close"
+        ),
+        (
+            "somebody deleted the worker's consumer (XGROUP DELCONSUMER): an open trainer submits them "
+            "again within two of its leases; if none is open, start one"
         ),
     ),
     "unparked": (
         Severity.ERROR,
         "groups",
         "{n} member(s) of groups are said to wait for another attempt, and do not",
-        "as for prompts that are gone: submit the group again",
+        "as for prompts that are gone: an open trainer submits them again",
     ),
     "undelivered": (
         Severity.ERROR,
         "groups",
         "{n} member(s) of groups are said to be delivered, but their header is gone",
-        "as for prompts that are gone: submit the group again",
+        "as for prompts that are gone: an open trainer submits them again",
     ),
     "unburied": (
         Severity.ERROR,

@@ -6,9 +6,11 @@
 """
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from redis.exceptions import ResponseError
 
 from rollfleet.recover import Plan
 from rollfleet_common.codec import decode_header
@@ -143,6 +145,7 @@ async def _places(client: Any, k: PartitionKeys, s: Suspicions) -> _Places:
     for raw in sorted(await client.smembers(k.routes)):
         route = _text(raw)
         places.prompts[route] = {e async for e, _ in _entries(client, k.prompts(route))}
+        await _unheld(client, k.prompts(route), places.prompts[route], s)
         places.delayed[route] = await _delayed(client, k, route, s)
     async for _, fields in _entries(client, k.tombstones):
         places.tombs.add((fields.get(b"g", b""), fields.get(b"i", b"")))
@@ -156,6 +159,32 @@ async def _places(client: Any, k: PartitionKeys, s: Suspicions) -> _Places:
         places.named[header.payload] = entry
         places.held.add(header.group)
     return places
+
+
+async def _unheld(client: Any, stream: str, entries: Collection[str], s: Suspicions) -> None:
+    """Entries that were delivered, and that no worker leases."""
+    try:
+        groups = await client.xinfo_groups(stream)
+        last = next((g["last-delivered-id"] for g in groups if g["name"] == b"workers"), b"0-0")
+        leased: set[str] = set()
+        after = "-"
+        while rows := await client.xpending_range(stream, "workers", after, "+", PAGE):
+            leased |= {_text(row["message_id"]) for row in rows}
+            after = f"({_text(rows[-1]['message_id'])}"
+            if len(leased) > LIMIT:
+                raise _TooManyError(stream)
+    except ResponseError as exc:
+        if "NOGROUP" in str(exc) or "no such key" in str(exc):
+            return
+        raise
+    given = _numbers(_text(last))
+    for entry in entries:
+        if entry not in leased and _numbers(entry) <= given:
+            s.add("unheld", f"{stream} {entry}")
+
+
+def _numbers(entry: str) -> tuple[int, ...]:
+    return tuple(map(int, entry.split("-")))
 
 
 async def _entries(client: Any, stream: str) -> AsyncIterator[tuple[str, Mapping[bytes, bytes]]]:

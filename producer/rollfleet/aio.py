@@ -21,7 +21,9 @@ from rollfleet.background import Background
 from rollfleet.batch import Batch
 from rollfleet.bias import BiasMeter
 from rollfleet.capacity import Pacer
+from rollfleet.causes import Cause, Evidence, diagnose, tell
 from rollfleet.consume import BLOCK_MS
+from rollfleet.evaluation import Evaluation
 from rollfleet.freshness import Policy
 from rollfleet.guarded import Guarded, policy_named
 from rollfleet.line import Line
@@ -36,11 +38,11 @@ from rollfleet.releases import refuse_leftovers, strangers
 from rollfleet.settings import TrainerSettings
 from rollfleet.tenure import Tenure
 from rollfleet_common.board import Board
-from rollfleet_common.errors import SettingsError
+from rollfleet_common.errors import FailingError, SettingsError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.ledger import Books, read_books
 from rollfleet_common.logs import get_logger
-from rollfleet_common.messages import NO_VERSION, Prompt, Rollout
+from rollfleet_common.messages import NO_VERSION, Prompt
 from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.servers import Servers
 from rollfleet_common.streams import Streams
@@ -183,6 +185,7 @@ class AsyncFleet:
         spawn = self._background.spawn
         spawn(self._tenure.keep(self.reviver.reconcile), "keep")
         spawn(self._tend(), "tend")
+        spawn(self.watch.run(), "watch")
         spawn(Healer(self.refits).run(), "heal")
         for partition in range(s.partitions):
             spawn(self.consumer.run(partition), f"consume-{partition}")
@@ -251,6 +254,7 @@ class AsyncFleet:
                 reason=self.reason,
                 books=self.books,
                 announce=self._announce,
+                moving=lambda: self.refits.moving,
                 out=self._out,
                 owed=self._owed,
                 lost=self.lost_batches,
@@ -259,6 +263,7 @@ class AsyncFleet:
         self.consumer, self.payloads = parts.consumer, parts.payloads
         self.commits, self.submitter = parts.commits, parts.submitter
         self.reviver, self.gather = parts.reviver, parts.gather
+        self.watch = parts.watch
 
     async def _set_clock(self) -> None:
         await self.line.clock.measure(self._client)
@@ -370,7 +375,10 @@ class AsyncFleet:
         self._credit()
         s = self.settings
         want = s.batch if samples is None else samples
-        return await self.gather.next(want, s.starve_s if timeout_s is None else timeout_s)
+        batch = await self.gather.next(want, s.starve_s if timeout_s is None else timeout_s)
+        if batch is None and self._came_to_nothing:
+            log.error("the feed has ended without one batch", why=await self.reason())
+        return batch
 
     async def batch_of(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Batch:
         """Submit `items` and hand over as many groups; what is given up is submitted again.
@@ -383,12 +391,11 @@ class AsyncFleet:
         limit_s = self.settings.starve_s if timeout_s is None else timeout_s
         return await self.gather.batch_of(items, limit_s)
 
-    async def evaluate(
-        self, items: Sequence[Any], *, timeout_s: float | None = None
-    ) -> list[list[Rollout]]:
+    async def evaluate(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Evaluation:
         """Run `items` as evaluation: outside of pacing, never stale; returns rollouts by item.
 
-        A sample that died is missing from its list. Headers say which versions made them.
+        A sample that died is missing from its list: ``failures[item]`` of what is returned has its
+        index and why. Headers say which versions made them.
 
         Raises:
             StarvedError: They did not come in time.
@@ -468,7 +475,7 @@ class AsyncFleet:
             await self._announce()
 
         if transfer is not None:
-            move = transfer
+            move, self.watch.by_itself = transfer, True
             await self.refits.hands_off(lambda: call(move, new, weights))
             await announce()
         elif weights or load is not None:
@@ -502,16 +509,36 @@ class AsyncFleet:
             steps: How many; None for all.
             commit: "step": a batch is committed when the loop comes back for the next.
                 "checkpoint": it is marked as trained then; call :meth:`commit` at checkpoints.
+
+        Raises:
+            FailingError: The feed has ended, and all that it submitted died or was dropped.
         """
         settle = self.settler(commit)
         done = 0
         while steps is None or done < steps:
             batch = await self.next_batch()
             if batch is None:
+                await self.fed_something()
                 return
             yield batch
             await settle(batch)
             done += 1
+
+    @property
+    def _came_to_nothing(self) -> bool:
+        """Whether this trainer has submitted prompts, and was handed no batch."""
+        return bool(self.submitter.sent) and self.commits.number == self.commits.first
+
+    async def fed_something(self) -> None:
+        """Raise if a feed of this trainer has ended, and not one batch came of it.
+
+        Raises:
+            FailingError: With the counts of what became of the samples.
+        """
+        if self._came_to_nothing:
+            raise FailingError(
+                f"the feed has ended without one batch: {tell(await self._evidence())}"
+            )
 
     def settler(self, commit: str) -> Callable[[Batch], Awaitable[None]]:
         """What a loop does with a batch when it comes back for the next."""
@@ -543,23 +570,31 @@ class AsyncFleet:
         return await read_books(self._client, [streams.keys for streams in self.streams])
 
     async def reason(self) -> str:
-        """What the fleet is waiting for, in words."""
+        """What the fleet is waiting for, in words: the causes that were found, then the counts."""
         if self.line.away_since is not None:
-            return f"Redis is away since {time.monotonic() - self.line.away_since:.0f} s"
-        books = await self.books()
-        workers = await self._client.hlen(self.keys.workers)
-        here = sum(len(group.members) for group in self.consumer.ready.values())
-        parts = [
-            f"{books.waiting} samples wait for a worker",
-            f"{books.in_flight} are in flight",
-            f"{books.delayed} wait for another attempt",
-            f"{here} are ready",
-            f"{books.dead} died",
-        ]
-        if trouble := self.refits.trouble():
-            parts.append(trouble)
-        if workers == 0:
-            parts.insert(0, "no worker has ever shown up for this run")
-        if self.submitter.feeder is None and not books.outstanding:
-            parts.insert(0, "nothing was submitted: call feed() or submit()")
-        return "; ".join(parts)
+            away = f"Redis is away since {time.monotonic() - self.line.away_since:.0f} s"
+            return f"{away} ({self.line.error})"
+        return tell(await self._evidence())
+
+    async def causes(self) -> list[Cause]:
+        """Why no batch comes, as :func:`rollfleet.causes.diagnose` finds it; empty if nothing is wrong.
+
+        Raises:
+            redis.exceptions.RedisError: Redis cannot be reached.
+        """
+        return diagnose(await self._evidence())
+
+    async def _evidence(self) -> Evidence:
+        feeder, s = self.submitter.feeder, self.settings
+        found = Evidence(
+            books=await self.books(),
+            here=sum(len(group.members) for group in self.consumer.ready.values()),
+            handed=self.commits.handed,
+            limit=(s.depth + 1) * s.samples_per_version,
+            version=self.version,
+            fed=feeder is not None,
+            feed_ended=self.submitter.fed,
+            source_silent=feeder is not None and feeder.silent,
+            refits=self.refits.trouble(),
+        )
+        return await self.watch.evidence(found)

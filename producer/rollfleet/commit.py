@@ -50,7 +50,7 @@ class Commits:
         self.line = line
         self.version = version
         #: Number of the last batch that was handed over.
-        self.number = number
+        self.number = self.first = number
         self.collate = collate
         #: Batches that were committed after the checkpoint that was resumed: no model has them.
         self.lost = lost

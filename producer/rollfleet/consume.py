@@ -25,6 +25,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from rollfleet.bias import BiasMeter
+from rollfleet.breaker import Breaker
 from rollfleet.drop_log import DropLog
 from rollfleet.groups import Group, Groups, Member
 from rollfleet.guarded import Guarded
@@ -72,6 +73,7 @@ class Consumer:
         least: Callable[[Group], int],
         out: MutableMapping[str, Prompt],
         line: Line,
+        breaker: Breaker | None = None,
     ) -> None:
         self.token = token
         self.streams = streams
@@ -88,6 +90,7 @@ class Consumer:
         #: Prompts of the groups that are out.
         self.out = out
         self.line = line
+        self.breaker = breaker or Breaker(0, 1)
         self.groups = Groups(surplus)
         #: How often Redis lost the run.
         self.life = 0
@@ -150,6 +153,7 @@ class Consumer:
                 adopt_at = 0.0  # of which life this is, only Redis knows: ask for what is pending
                 continue
             await self._take_in(partition, arrivals)
+            self.breaker.check()
 
     async def close(self) -> None:
         """Stop to settle what was dropped: it is unsettled still, and the next trainer's."""
@@ -236,6 +240,7 @@ class Consumer:
                 useless.setdefault("duplicate", []).append((entry, header))
                 continue
             self._held[partition].add(entry)
+            self.breaker.delivered()
             if group is not None:
                 closed.append(group)
         return closed, useless
@@ -249,6 +254,7 @@ class Consumer:
                 continue
             if tombstone.kind is Kind.TRAIN:
                 self.settled(1)
+            self.breaker.died(tombstone)
             if tombstone.group in self.over:
                 late.append(entry)
                 continue
@@ -346,6 +352,7 @@ class Consumer:
             await self.drop([group], "rollback")
         elif (reason := self.policy.judge(group, self.version())) is None or reason == "future":
             self.ready[group.name] = group  # the future may come: judged again at hand-over
+            self.breaker.whole()
         else:
             await self.drop([group], reason)
 
@@ -414,6 +421,8 @@ class Consumer:
             self.out.pop(group.name, None)
             self.meter.dropped(group, why, self.version())
             self.drop_log.note(group, why, self.version())
+            if group.kind is Kind.TRAIN and "dead" in group.reasons:
+                self.breaker.tore()
         await self._drops(self._settle_dropped(sorted_out))
 
     async def _settle_dropped(self, dropped: Mapping[tuple[int, str], Sequence[Group]]) -> None:
@@ -432,6 +441,24 @@ class Consumer:
         """Whether all of a group has come; what is missing of an open one may be lost."""
         places = (self.ready, self.handed, self.evals)
         return any(name in place for place in places)
+
+    def settles(self, name: str) -> bool:
+        """Whether a group is in a batch, or closed and perhaps being settled."""
+        return name in self.handed or name in self.over
+
+    def take_back(self, name: str, indices: Iterable[int]) -> None:
+        """These members of a group were submitted again or closed, because their header is gone."""
+        ready = self.ready.pop(name, None) or self.evals.pop(name, None)
+        group = ready or self.groups.open.get(name)
+        if group is None:
+            return
+        for index in indices:
+            member = group.members.pop(index, None)
+            if member is not None:
+                self._held[group.partition].discard(member.entry)
+        self.over.pop(name, None)
+        self.groups.open[name] = group
+        self.news.set()
 
     def reset(self) -> None:
         """Redis lost the run: forget what was read of it, but not what was handed over."""

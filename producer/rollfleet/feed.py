@@ -300,6 +300,11 @@ class Feeder:
             await self._some.wait()
         return self._ready[0]
 
+    @property
+    def silent(self) -> bool:
+        """Whether the source has yielded nothing that is not submitted, and has not ended."""
+        return not self._ready and not self.exhausted and self.error is None
+
     def more(self, samples: int) -> Sequence[Prompt]:
         """The prompts at hand that fit into `samples`, in order, without removing them."""
         fit: list[Prompt] = []

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
+from rollfleet.evaluation import Evaluation
 from rollfleet.freshness import Policy
 from rollfleet.opening import State
 from rollfleet.payloads import Accept
@@ -20,7 +21,6 @@ from rollfleet.sources import Epochs
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.ledger import Books
-from rollfleet_common.messages import Rollout
 
 __all__ = ["Fleet", "connect"]
 
@@ -140,14 +140,13 @@ class Fleet:
         while steps is None or done < steps:
             batch = self.next_batch()
             if batch is None:
+                self._call(self.aio.fed_something())
                 return
             yield batch
             self._call(_await(settle(batch)))
             done += 1
 
-    def evaluate(
-        self, items: Sequence[Any], *, timeout_s: float | None = None
-    ) -> list[list[Rollout]]:
+    def evaluate(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Evaluation:
         """Run prompts as evaluation; see :meth:`AsyncFleet.evaluate`."""
         return self._call(self.aio.evaluate(items, timeout_s=timeout_s))
 

@@ -18,6 +18,7 @@ from rollfleet.batch import Batch
 from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import Consumer
+from rollfleet.evaluation import Evaluation, failures_of
 from rollfleet.groups import Group
 from rollfleet.patience import Patience
 from rollfleet.payloads import Payloads
@@ -25,7 +26,7 @@ from rollfleet.prefetch import Prefetcher
 from rollfleet.settings import TrainerSettings
 from rollfleet.submit import Submitter
 from rollfleet_common.errors import BrokerUnavailableError, SettingsError, StarvedError
-from rollfleet_common.messages import Kind, Rollout
+from rollfleet_common.messages import Kind
 from rollfleet_common.redis import retry
 
 __all__ = ["Gather"]
@@ -236,7 +237,11 @@ class Gather:
     @property
     def ended(self) -> bool:
         """Whether nothing more will come: the feed is exhausted and all it sent is here."""
-        if not self.submitter.fed or self.consumer.groups.open or self.consumer.owing:
+        if not self.submitter.fed or self.consumer.owing:
+            return False
+        # An open group that nobody submitted may never close; of an earlier trainer's, what is
+        # missing is outstanding.
+        if any(name in self.submitter.out for name in self.consumer.groups.open):
             return False
         here = sum(len(group.members) for group in self.consumer.ready.values())
         return self.pacer.outstanding <= here + self.commits.handed
@@ -275,10 +280,10 @@ class Gather:
             await self._again(wanted)
             await self._news(patience, seen)
 
-    async def evaluate(self, items: Sequence[Any], limit_s: float) -> list[list[Rollout]]:
+    async def evaluate(self, items: Sequence[Any], limit_s: float) -> Evaluation:
         """Run `items` outside of pacing and staleness; returns their rollouts, in order.
 
-        A sample that died is missing from its list.
+        A sample that died is missing from its list, and is named in `failures`.
 
         Raises:
             StarvedError: They did not come in time.
@@ -292,7 +297,9 @@ class Gather:
         groups = [evals.pop(name) for name in names]
         loaded = await self.payloads.read([group for group in groups if group.members])
         await self.consumer.finish(groups)
-        return [loaded.get(name, []) for name in names]
+        return Evaluation(
+            (loaded.get(name, []) for name in names), [failures_of(group) for group in groups]
+        )
 
     def _fit(self, samples: int) -> None:
         s = self.settings

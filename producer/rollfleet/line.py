@@ -36,6 +36,8 @@ class Line:
         #: Of the Redis at its other end.
         self.clock = Clock()
         self.away_since: float | None = None
+        #: What it said last while it was away.
+        self.error = ""
         #: Whether Redis was away since this was last cleared: it may have lost its last second.
         self.suspect = False
         self._say_at = 0.0
@@ -62,6 +64,7 @@ class Line:
         now = time.monotonic()
         self.suspect = True
         self.clock.doubt()
+        self.error = str(exc)
         if self.away_since is None:
             self.away_since = self._say_at = now
         if now >= self._say_at:

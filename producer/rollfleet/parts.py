@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from rollfleet.bias import BiasMeter
+from rollfleet.breaker import Breaker
 from rollfleet.capacity import Pacer
 from rollfleet.commit import Commits
 from rollfleet.consume import Consumer
@@ -13,6 +14,7 @@ from rollfleet.forms import Forms
 from rollfleet.gather import Gather
 from rollfleet.guarded import Guarded
 from rollfleet.payloads import Accept, Payloads
+from rollfleet.reconcile import Reconciler
 from rollfleet.recover import recover
 from rollfleet.revive import Reviver
 from rollfleet.rollback import History
@@ -20,6 +22,7 @@ from rollfleet.settings import TrainerSettings
 from rollfleet.sources import Mark
 from rollfleet.submit import Submitter
 from rollfleet.tenure import Tenure
+from rollfleet.watch import Watch
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import NO_VERSION, Prompt
 
@@ -51,6 +54,8 @@ class Needs:
     books: Callable[[], Awaitable[Books]]
     #: Puts the version on the board.
     announce: Callable[[], Awaitable[None]]
+    #: Whether weights are being moved at this moment.
+    moving: Callable[[], bool]
     #: Prompts of the groups that are out, oldest first.
     out: dict[str, Prompt] = field(default_factory=dict)
     #: Batch by group of what an earlier trainer owes; a build that is repeated adds to it.
@@ -68,6 +73,7 @@ class Parts:
     submitter: Submitter
     reviver: Reviver
     gather: Gather
+    watch: Watch
 
     @classmethod
     async def build(cls, needs: Needs) -> Self:
@@ -102,6 +108,7 @@ class Parts:
             needs.pacer.settled(samples)
             self.submitter.credit.set()
 
+        breaker = Breaker(s.breaker_deaths, s.breaker_prompts)
         self.consumer = Consumer(
             token=tenure.token,
             streams=tenure.streams,
@@ -116,6 +123,7 @@ class Parts:
             least=needs.policy.least,
             out=needs.out,
             line=line,
+            breaker=breaker,
         )
         self.payloads = Payloads(
             tenure.streams,
@@ -167,6 +175,25 @@ class Parts:
             publish=needs.announce,
             version=version,
             done=self.commits.done,
+        )
+        self.watch = Watch(
+            client=tenure.board.client,
+            keys=tenure.board.keys,
+            streams=tenure.streams,
+            lease_s=s.lease_s,
+            books=needs.books,
+            reconciler=Reconciler(
+                token=tenure.token,
+                streams=tenure.streams,
+                consumer=self.consumer,
+                out=needs.out,
+                max_prompt_bytes=s.max_prompt_bytes,
+                line=line,
+            ),
+            breaker=breaker,
+            line=line,
+            version=version,
+            moving=needs.moving,
         )
         self.gather = Gather(
             settings=s,

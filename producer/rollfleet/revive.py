@@ -71,8 +71,10 @@ class Reviver:
             owners |= {await self._owner(here.client, here.keys.fence) for here in self.streams}
             if owners - {None, self.token.encode()}:
                 return False
-            if None not in owners:
-                return True  # revived while we waited for the lock
+            if None not in owners:  # revived while we waited, or only a stream was deleted
+                for here in self.streams:
+                    await retry(here.make_trainer_groups, what="look for groups", deadline_s=None)
+                return True
             if not await self.reopen():
                 return False
             self.consumer.reset()

@@ -107,6 +107,23 @@ class TrainerSettings(Settings):
     starve_s: Seconds = Field(
         1800.0, gt=0, description="Longest wait for a batch before StarvedError says why."
     )
+    breaker_deaths: int = Field(
+        200,
+        ge=0,
+        description="Samples that die in a row, or groups that are torn in a row, after which the feed "
+        "is stopped with a FailingError; 0: never.",
+    )
+    breaker_prompts: int = Field(
+        20, ge=1, description="Distinct prompts over which these deaths must be spread."
+    )
+    dead_letters: int = Field(
+        10_000,
+        ge=0,
+        description="Dead letters that a partition keeps, approximately: the oldest go; 0: all are kept.",
+    )
+    dead_letters_s: Seconds = Field(
+        604_800.0, ge=0, description="Age after which a dead letter may go; 0: they do not age."
+    )
     prefetch: int = Field(
         1,
         ge=0,
@@ -176,6 +193,11 @@ class TrainerSettings(Settings):
             spans=self.max_rollout_spans,
             names=self.max_names,
         )
+
+    @property
+    def kept_letters(self) -> tuple[int, int]:
+        """How many dead letters a partition keeps, and for how many ms; 0: no bound."""
+        return self.dead_letters, int(self.dead_letters_s * 1000)
 
     @property
     def launched(self) -> int:

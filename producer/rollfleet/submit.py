@@ -86,6 +86,8 @@ class Submitter:
         self.out = out
         #: The version at which each of them was submitted.
         self.submitted: dict[str, int] = {}
+        #: Training groups submitted by this trainer.
+        self.sent = 0
         #: Set whenever credit may have come back.
         self.credit = asyncio.Event()
         self.feeder: Feeder | None = None
@@ -154,6 +156,7 @@ class Submitter:
         """
         assert self.feeder is not None, "begin() comes first"  # noqa: S101 - a defect
         while (prompt := await self.feeder.peek()) is not None:
+            self.check()
             self._fits(prompt)
             await self._room(prompt.n)
             row = self.feeder.more(max(self.pacer.room, prompt.n))
@@ -263,6 +266,7 @@ class Submitter:
             if state is Submitted.YES:
                 self.out[group.prompt.group] = group.prompt
                 self.submitted[group.prompt.group] = version
+                self.sent += group.prompt.kind is Kind.TRAIN
         if len(self.submitted) > 2 * len(self.out) + KEEP:
             self.submitted = {name: self.submitted[name] for name in self.out}
         if len(self.streams) == 1:

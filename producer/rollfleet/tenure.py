@@ -128,7 +128,9 @@ class Tenure:
         """
         useful = self.horizon(self.version)
         return [
-            await streams.open(self.token, self.epoch, self.version, useful)
+            await streams.open(
+                self.token, self.epoch, self.version, useful, keep=self.settings.kept_letters
+            )
             for streams in self.streams
         ]
 

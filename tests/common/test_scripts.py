@@ -49,7 +49,10 @@ def test_scripts_touch_keys_of_one_tag_only(name: str):
     assert calls
     allowed = {
         "handback": {"ARGV[2] .. f.g", "stream"},  # of `holder`, which is called with KEYS
-        **{step: {"stream"} for step in ("deliver", "fail", "renew")},
+        **{step: {"stream"} for step in ("deliver", "renew", "mend")},
+        # Of `holder` and of `cut`, which are called with KEYS.
+        "fail": {"stream", "fence", "dead", "ledger"},
+        "quarantine": {"fence", "dead", "ledger"},
         "promote": {"group"},
         "ledger": {"key"},  # of `pending`, which is called with KEYS
         "settle": {"payload"},  # of `free`, which is called with KEYS

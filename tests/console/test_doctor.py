@@ -107,7 +107,8 @@ async def test_every_place_is_told_apart(redis_url: str) -> None:
         await run.claim("w0", 9)
         await run.bury("g3")
         report = await look(run)
-        assert told(report) == ["letters: dead letters: 1 data"]
+        newest = "data: workflow math.Sort: KeyError: 'answer' (worker w0)"
+        assert told(report) == [f"letters: dead letters: 1 data; the newest of them: {newest}"]
         assert report.exit_code == 1
 
 
@@ -144,6 +145,12 @@ async def member(c: Any, k: PartitionKeys, state: str) -> tuple[str, str, str]:
             if index.isdigit() and where.decode().startswith(state):
                 return group, index.decode(), where.decode()[1:]
     raise AssertionError(state)
+
+
+async def torn(run: StagedRun, c: Any, k: PartitionKeys) -> None:
+    detail = {"kind": "data", "detail": "the reward function raised", "worker": "w0"}
+    await c.xadd(k.dead, {"why": "data", "e": json.dumps(detail)})
+    await c.hincrby(k.ledger, "dropped:torn", 3)
 
 
 async def lost_prompt(run: StagedRun, c: Any, k: PartitionKeys) -> None:
@@ -210,6 +217,29 @@ ILLS: list[tuple[str, Plant, Severity, str, str]] = [
         "1 member(s) of groups are said to be on",
     ),
     ("... and so from the books", lost_prompt, ERROR, "books", "1 partition(s) whose books do not"),
+    (
+        "a busy worker's consumer is deleted",
+        lambda _, c, k: c.xgroup_delconsumer(k.prompts("default"), "workers", "w0"),
+        ERROR,
+        "groups",
+        "4 prompt(s) were delivered to a worker that holds no lease",
+    ),
+    (
+        "one bad sample tears every group",
+        torn,
+        WARNING,
+        "letters",
+        "the newest of them: data: the reward function raised",
+    ),
+    (
+        "every server is ahead of the trainer",
+        lambda run, _, __: run.card(
+            "w0", servers=[{"name": "s", "state": "serving", "version": 9}]
+        ),
+        WARNING,
+        "servers",
+        "serve version 9, the trainer is at",
+    ),
     ("a header is deleted", lost_header, ERROR, "groups", "said to be delivered, but their header"),
     ("... which a plan names", lost_header, ERROR, "plans", "1 batch(es) that were handed out"),
     (

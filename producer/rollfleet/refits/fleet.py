@@ -165,6 +165,11 @@ class Refits:
         held = {row.version for row in self.rows.values()}
         return frozenset(held if self.current is None else held | {self.current.version})
 
+    @property
+    def moving(self) -> bool:
+        """Whether weights are being moved at this moment."""
+        return self._turn.locked()
+
     def trouble(self) -> str:
         """Which servers are out and why, in words; "" if none is."""
         out = [row for row in self.rows.values() if row.state is WeightState.STALE]

@@ -1,0 +1,92 @@
+"""Stops a feed whose samples only fail: deaths and torn groups in a row, without one success."""
+
+import json
+from collections import deque
+
+from rollfleet_common.errors import FailingError
+from rollfleet_common.messages import Kind, Tombstone
+
+__all__ = ["Breaker", "failure_text"]
+
+
+class Breaker:
+    """Counts what fails in a row.
+
+    Args:
+        deaths: Dead samples in a row, or torn groups in a row, that stop the feed; 0: none do.
+        prompts: Distinct prompts over which these must be spread.
+    """
+
+    def __init__(self, deaths: int, prompts: int) -> None:
+        self.limit = deaths
+        self.prompts = prompts
+        #: Samples that died since the last rollout.
+        self.deaths = 0
+        #: Groups torn by deaths since the last group that could be trained on.
+        self.torn = 0
+        #: The newest failure, in words.
+        self.newest = ""
+        # Only whether there are enough of them matters.
+        self._groups: deque[str] = deque(maxlen=max(prompts, 1))
+
+    def died(self, tombstone: Tombstone) -> None:
+        """A sample has no attempts left."""
+        if tombstone.reason != "dead":
+            return
+        self.newest = failure_text(tombstone)
+        if tombstone.kind is Kind.TRAIN:
+            self.deaths += 1
+            if tombstone.group not in self._groups:
+                self._groups.append(tombstone.group)
+
+    def delivered(self) -> None:
+        """A rollout came."""
+        if self.deaths:
+            self.deaths = 0
+            self._groups.clear()
+
+    def tore(self) -> None:
+        """A group was given up because samples of it died."""
+        self.torn += 1
+
+    def whole(self) -> None:
+        """A group came that may be trained on."""
+        self.torn = 0
+
+    def check(self) -> None:
+        """Raise if too much failed in a row.
+
+        Raises:
+            FailingError: The message has the newest failure.
+        """
+        if not self.limit:
+            return
+        newest = f"; the newest failure: {self.newest}" if self.newest else ""
+        if self.deaths >= self.limit and len(self._groups) >= self.prompts:
+            some = (
+                ". If only some samples of a group fail, the others were cancelled as torn: set "
+                "min_group_size to train on groups that lack a sample"
+                if self.torn
+                else ""
+            )
+            raise FailingError(
+                f"the feed was stopped: {self.deaths} samples of {self.prompts} or more prompts died "
+                f"in a row, and not one rollout came{newest}. Mend what fails (`rollfleet dead list` "
+                f"has the history), then open the run again: nothing else is lost{some}. "
+                "breaker_deaths sets how many it takes"
+            )
+        if self.torn >= max(self.limit, self.prompts):
+            raise FailingError(
+                f"the feed was stopped: {self.torn} groups in a row were torn, because some of their "
+                f"samples died{newest}. Set min_group_size to train on groups that lack a sample, or "
+                "mend what fails; then open the run again. breaker_deaths sets how many it takes"
+            )
+
+
+def failure_text(tombstone: Tombstone) -> str:
+    """What a tombstone says of a failure: kind, detail and worker of the last attempt."""
+    try:
+        record = json.loads(tombstone.detail)
+        return f"{record['kind']}: {record['detail']} (worker {record['worker']})"
+    except (ValueError, KeyError, TypeError):
+        return tombstone.detail or tombstone.reason
