@@ -284,7 +284,7 @@ class EmbeddedServer:
         self._launch()
 
     def _require_owned(self, verb: str) -> None:
-        if self._lock is None:
+        if self._lock is None or os.getpid() != self._maker_pid:
             raise BrokerSetupError(f"cannot {verb} a server that this object did not start")
 
     def _end(self, how: signal.Signals) -> None:

@@ -15,6 +15,7 @@
     ├── BrokerError
     │   ├── BrokerUnavailableError          Redis cannot be reached (transient: retried)
     │   └── BrokerSetupError                Redis refuses us or is set up so that it may lose data
+    ├── ForkedError (RuntimeError)          used in a forked child of the process that made it
     ├── SupersededError                     another trainer has opened this run
     ├── LostBatchesError                    the checkpoint is older than what the run has committed
     ├── StarvedError (TimeoutError)         no batch came in the time allowed, with the reason
@@ -60,6 +61,7 @@ __all__ = [
     "EpisodeTimeoutError",
     "FailingError",
     "FailureKind",
+    "ForkedError",
     "InfraError",
     "InvalidPromptError",
     "InvalidSampleError",
@@ -153,6 +155,10 @@ class BrokerUnavailableError(BrokerError, ConnectionError):
 
 class BrokerSetupError(BrokerError):
     """Redis refuses us (password, rights) or is set up in a way that may lose data."""
+
+
+class ForkedError(RollfleetError, RuntimeError):
+    """Something with threads or connections was used in a forked child of the process that made it."""
 
 
 class SupersededError(RollfleetError):

@@ -73,7 +73,8 @@ class Writer:
     """
 
     def __init__(self, path: Path, run: str) -> None:
-        self._file: BinaryIO = path.open("xb")
+        # Unbuffered: what a buffer held would be written twice if we were forked.
+        self._file: BinaryIO = path.open("xb", buffering=0)  # type: ignore[assignment]
         self._packer = msgpack.Packer()
         #: Bytes written so far.
         self.bytes = 0
@@ -91,7 +92,9 @@ class Writer:
     def _write(self, row: list[Any]) -> None:
         packed = self._packer.pack(row)
         self.bytes += len(packed)
-        self._file.write(packed)
+        left = memoryview(packed)
+        while left:
+            left = left[self._file.write(left) :]
 
     def __enter__(self) -> Self:
         return self

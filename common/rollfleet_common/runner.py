@@ -33,6 +33,7 @@ from rollfleet_common.errors import (
     RunnerTimeoutError,
     TaskQueueFullError,
 )
+from rollfleet_common.forks import Home
 
 _new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 try:
@@ -169,6 +170,7 @@ class TaskRunner(Generic[T]):
                 f"max_done={max_done} < max_concurrency={max_concurrency}: "
                 f"{max_concurrency - self.max_done} slots could never be used"
             )
+        self._home = Home(f"the task runner {name!r}", "Make and start a runner in the child")
         self._name = name
         self._random = None if shuffle_seed is None else random.Random(shuffle_seed)
         self._changed = threading.Condition(threading.Lock())
@@ -184,6 +186,7 @@ class TaskRunner(Generic[T]):
 
     def start(self) -> Self:
         """Start the loop's thread, not paused. Does nothing if it runs."""
+        self._home.check()
         with self._changed:
             if self._engine is None:
                 self._crash, self._paused = None, False
@@ -210,6 +213,8 @@ class TaskRunner(Generic[T]):
         Raises:
             RunnerError: Called by a task of this runner, which would wait for itself.
         """
+        if self._home.left:
+            return True  # a forked child: the thread is the parent's
         deadline = time.monotonic() + timeout
         with self._changed:
             engine = self._engine
@@ -268,6 +273,7 @@ class TaskRunner(Generic[T]):
         calls: Iterable[tuple[Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]],
     ) -> list[int]:
         """Queue many ``(fn, args, kwargs)``, all of them or none; ids and errors as in `submit`."""
+        self._home.check()  # ahead of the lock, which a thread may have held when we were forked
         now = time.monotonic()
         jobs = [_Job(-1, fn, args, kwargs, now) for fn, args, kwargs in calls]
         with self._changed:
@@ -307,6 +313,7 @@ class TaskRunner(Generic[T]):
         """
         if count <= 0:
             raise ValueError(f"count={count} must be positive")
+        self._home.check()
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             self._wanted.append(count)
@@ -341,11 +348,13 @@ class TaskRunner(Generic[T]):
 
     def pause(self) -> None:
         """Start nothing new. What runs goes on, and its outcomes are delivered."""
+        self._home.check()
         with self._changed:
             self._paused = True
 
     def resume(self) -> None:
         """Start tasks again."""
+        self._home.check()
         with self._changed:
             self._paused = False
             self._admit()
@@ -357,6 +366,7 @@ class TaskRunner(Generic[T]):
 
     def sizes(self) -> Sizes:
         """A consistent snapshot of all counts."""
+        self._home.check()
         with self._changed:
             waiting, running, done = len(self._waiting), len(self._running), len(self._done)
             return Sizes(waiting, running, done, self._submitted, self._collected)
@@ -364,7 +374,7 @@ class TaskRunner(Generic[T]):
     def healthy(self, timeout: float = 1.0) -> bool:
         """Whether the loop answers within `timeout` seconds: False if stopped, dead or blocked."""
         engine = self._engine
-        if engine is None or engine.deadline is not None:
+        if self._home.left or engine is None or engine.deadline is not None:
             return False
         if threading.current_thread() is engine.thread:
             return True

@@ -208,7 +208,12 @@ class AsyncFleet:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of the run. Prompts and rollouts stay for the next trainer. Idempotent."""
+        """Let go of the run. Prompts and rollouts stay for the next trainer. Idempotent.
+
+        In a forked child of the process that opened the fleet it does nothing.
+        """
+        if self._background.home.left:
+            return
         if self.submitter.feeder is not None:
             self.submitter.feeder.stop()
         await self._background.close()
@@ -336,6 +341,7 @@ class AsyncFleet:
         Raises:
             SettingsError: A feed is running already.
         """
+        self._background.check()
         self.submitter.begin(source)
 
         async def feed() -> None:
@@ -497,6 +503,7 @@ class AsyncFleet:
         Workers learn of it within milliseconds, and within a second if a wake-up was lost. A prompt
         that a read brings after that goes back untouched.
         """
+        self._background.check()
         until = int(self.line.clock.now_ms() + seconds * 1000) if seconds > 0 else 0
         await self._tenure.say("pause", paused_until_ms=until)
 
@@ -567,6 +574,7 @@ class AsyncFleet:
 
     async def books(self) -> Books:
         """The ledger of the run, as it is in Redis now."""
+        self._background.home.check()
         return await read_books(self._client, [streams.keys for streams in self.streams])
 
     async def reason(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from rollfleet_common.errors import RollfleetError
+from rollfleet_common.forks import Home
 from rollfleet_common.logs import get_logger
 from rollfleet_common.tasks import cancel_all
 
@@ -18,6 +19,7 @@ class Background:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
+        self.home = Home("this trainer's fleet", "Open a fleet of its own in the child")
         self._tasks: list[asyncio.Task[None]] = []
         self._lives: list[Coroutine[Any, Any, None]] = []
         self._error: RollfleetError | None = None
@@ -33,7 +35,9 @@ class Background:
 
         Raises:
             RollfleetError: The failure; what is none of ours is named, and is its cause.
+            ForkedError: This is a forked child of the process that opened the fleet.
         """
+        self.home.check()
         if self._error is not None:
             raise self._error
 

@@ -20,6 +20,7 @@ from rollfleet.settings import TrainerSettings
 from rollfleet.sources import Epochs
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError
+from rollfleet_common.forks import Home
 from rollfleet_common.ledger import Books
 
 __all__ = ["Fleet", "connect"]
@@ -88,6 +89,7 @@ class Fleet:
 
     def __init__(self, make: Callable[[], AsyncFleet], server: Any = None) -> None:
         self._server = server
+        self._home = Home("this fleet", "Call rollfleet.connect() in the child")
         self._loop = _new_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="rollfleet", daemon=True
@@ -231,8 +233,11 @@ class Fleet:
     # ---- life ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the run; prompts and rollouts stay for the next trainer. Idempotent."""
-        if self._closed:
+        """Let go of the run; prompts and rollouts stay for the next trainer. Idempotent.
+
+        In a forked child it does nothing: the run is the parent's.
+        """
+        if self._closed or self._home.left:
             return
         try:
             self._call(self.aio.close())
@@ -257,6 +262,9 @@ class Fleet:
             self._loop.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._home.left:
+            coroutine.close()
+            self._home.check()
         if self._closed:
             coroutine.close()
             raise RollfleetError("the fleet is closed")

@@ -27,6 +27,7 @@ from rollfleet_common.errors import (
     RollfleetError,
     SettingsError,
 )
+from rollfleet_common.forks import Home
 
 __all__ = ["RankFleet"]
 
@@ -63,6 +64,7 @@ class RankFleet:
         self._form: Form = division.form
         self._lead = None if leader is None else Leader(leader.aio, division)
         self._loader = Loader(settings, reader, collective.rank)
+        self._home = Home("this rank's fleet", "Call rollfleet.connect_ranks() in the child")
         self._bad: dict[str, str] = {}
         #: What only the leader did, and failed with first: told at the next batch.
         self._late: RollfleetError | None = None
@@ -137,6 +139,7 @@ class RankFleet:
 
     def _round(self, want: int, until: float) -> Conclusion:
         """Say what there is to say, hear the others, and conclude as they do."""
+        self._home.check()
         if self._broken is not None:
             raise self._broken
         vote, cause = self._vote(want, until)
@@ -233,6 +236,7 @@ class RankFleet:
         return {} if self.leader is None else self.leader.state_dict()
 
     def _on_leader(self, call: Callable[[Fleet], object]) -> None:
+        self._home.check()
         if self.leader is None:
             return
         try:
@@ -257,7 +261,7 @@ class RankFleet:
         Raises:
             RollfleetError: What rank 0 failed with since the last batch, if nobody was told.
         """
-        if self._closed:
+        if self._closed or self._home.left:
             return
         self._closed = True
         self._loader.close()

@@ -26,6 +26,7 @@ from typing import Any
 
 from pebble import ProcessFuture, ProcessPool
 
+from rollfleet_common.forks import Home
 from rollfleet_worker.rewards.outcome import Failure, Reward, read
 
 __all__ = ["Processes"]
@@ -91,6 +92,7 @@ class Processes:
     """
 
     def __init__(self, count: int, max_tasks: int, modules: Sequence[str]) -> None:
+        self._home = Home("this pool of reward processes", "Make a RewardPool in the child")
         self._pool = ProcessPool(
             max_workers=count,
             max_tasks=max_tasks,
@@ -113,6 +115,8 @@ class Processes:
 
     def end(self) -> None:
         """Kill all processes, soon; what runs or waits is cancelled."""
+        if self._home.left:
+            return  # a forked child: the processes are the parent's
         self._over.set()
         for future in tuple(self._running):
             future.cancel()  # type: ignore[no-untyped-call]  # pebble's own
@@ -126,6 +130,7 @@ class Processes:
             BrokenProcessPool: The pool as a whole is of no more use; the job may be tried again.
             asyncio.CancelledError: Also when :meth:`end` was called.
         """
+        self._home.check()
         error = await asyncio.shield(self.started)
         if error is not None:
             raise BrokenProcessPool(f"no start: {error.__cause__ or error!r}") from error
