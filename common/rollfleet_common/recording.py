@@ -74,7 +74,7 @@ class Writer:
 
     def __init__(self, path: Path, run: str) -> None:
         # Unbuffered: what a buffer held would be written twice if we were forked.
-        self._file: BinaryIO = path.open("xb", buffering=0)  # type: ignore[assignment]
+        self._file: BinaryIO = path.open("xb", buffering=0)
         self._packer = msgpack.Packer()
         #: Bytes written so far.
         self.bytes = 0

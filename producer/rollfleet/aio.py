@@ -303,9 +303,7 @@ class AsyncFleet:
                     log.warning(sentence)
                 await self._tenure.say("publish warnings", warnings=text)
                 shown = text
-            now_ms = self.line.clock.now_ms()
-            late = [p.group for p in self._out.values() if 0 < p.deadline_ms < now_ms]
-            for group in late:
+            for group in self.submitter.deadlines.late(self.line.clock.now_ms()):
                 log.debug("deadline passed", group=group)
                 await self.consumer.cancel(group, "deadline")
 

@@ -4,8 +4,10 @@
   are over the last `window` of them, drop counts are of the whole life of the meter.
 - Durations include those of what was dropped: what survives a bound says nothing of the bound.
 - Token-weighted staleness counts every trained token at the age of its sample's oldest: never too low.
-- Keys are bounded: lengths by powers of two, ages up to :data:`OLDEST`, the first :data:`TASKS`
-  tasks by name and the rest as one.
+- State and keys are bounded: lengths by powers of two, ages up to :data:`OLDEST`, the first
+  :data:`TASKS` tasks by name in numbers, the first :data:`KEPT_TASKS` in words, and the rest as one.
+- The pace of versions is taken from the first one that was trained on what was made since the meter
+  was: what a trainer that resumes finds ready is consumed at once, and says nothing of the pace.
 """
 
 import time
@@ -24,6 +26,11 @@ __all__ = ["BiasMeter", "effective_sample_size"]
 OLDEST = 16
 #: Tasks that have keys of their own in :meth:`BiasMeter.as_dict`.
 TASKS = 20
+#: Tasks that are told apart; all others count as :data:`OTHER`.
+KEPT_TASKS = 64
+OTHER = "other"
+#: Versions that must have passed before their pace is known.
+PACED = 8
 #: Versions of which the pace is taken.
 PACE_VERSIONS = 32
 #: Samples of a task before a sentence is made of it.
@@ -77,6 +84,9 @@ class BiasMeter:
         #: When each of the last versions was first seen, in milliseconds.
         self._seen: dict[int, float] = {}
         self._version = NO_VERSION
+        self._began_ms = clock() * 1000
+        #: Whether something was trained on that was made since the meter was.
+        self._paced = False
 
     # ---- events ------------------------------------------------------------------------------
 
@@ -88,40 +98,44 @@ class BiasMeter:
             version: The trainer's.
             headers: As refined (a masking policy changes ages and trained tokens), by index.
         """
-        self._fed[group.task] = version
+        task = self._task(group)
+        self._fed[task] = version
         self._take(group, version, "", headers)
-        self._in_a_row[group.task].clear()
+        self._in_a_row[task].clear()
 
     def dropped(self, group: Group, reason: str, version: int) -> None:
         """A group was dropped by a trainer at `version`."""
+        task = self._task(group)
         for member in group.members.values():
             age = _age(version - member.oldest)
-            self.drops[reason, group.task, _bucket(member.header.tokens), age] += 1
+            self.drops[reason, task, _bucket(member.header.tokens), age] += 1
         self._take(group, version, reason, None)
 
     def _take(
         self, group: Group, version: int, reason: str, headers: Sequence[Header] | None
     ) -> None:
         now_ms = self._clock() * 1000
+        task = self._task(group)
+        members = [group.members[index] for index in sorted(group.members)]
+        first_ms = min((_born_ms(member.entry, now_ms) for member in members), default=now_ms)
+        self._paced = self._paced or (not reason and first_ms >= self._began_ms)
         self._tick(version, now_ms)
-        self._met.setdefault(group.task, version)
-        in_a_row = self._in_a_row.setdefault(group.task, Counter())
+        self._met.setdefault(task, version)
+        in_a_row = self._in_a_row.setdefault(task, Counter())
         if group.members:
             in_a_row[reason] += len(group.members)
         for _, tombstone in group.tombstones.values():
-            self.lost[tombstone.reason, group.task] += 1
+            self.lost[tombstone.reason, task] += 1
             in_a_row[tombstone.reason] += 1
-        members = [group.members[index] for index in sorted(group.members)]
         if not members:
             return
-        first_ms = min(_born_ms(member.entry, now_ms) for member in members)
         mean = sum(member.header.reward for member in members) / len(members)
         for at, member in enumerate(members):
             h = member.header if headers is None else headers[at]
             oldest = member.oldest if headers is None else h.min_version
             self._fates.append(
                 _Fate(
-                    task=group.task,
+                    task=task,
                     reason=reason,
                     age=0 if oldest == NO_VERSION else version - oldest,
                     tokens=h.tokens,
@@ -134,8 +148,15 @@ class BiasMeter:
                 )
             )
 
+    def _task(self, group: Group) -> str:
+        """The name under which a group's task is kept."""
+        known = group.task in self._met or len(self._met) < KEPT_TASKS
+        return group.task if known else OTHER
+
     def _tick(self, version: int, now_ms: float) -> None:
         self._version = max(version, self._version)
+        if not self._paced:
+            return
         if version not in self._seen:
             self._seen[version] = now_ms
         while len(self._seen) > PACE_VERSIONS:
@@ -148,17 +169,17 @@ class BiasMeter:
         twin.drops, twin.lost = Counter(self.drops), Counter(self.lost)
         twin._fed, twin._met, twin._seen = dict(self._fed), dict(self._met), dict(self._seen)
         twin._in_a_row = {task: Counter(row) for task, row in self._in_a_row.items()}
-        twin._version = self._version
+        twin._version, twin._paced = self._version, self._paced
         return twin
 
     # ---- answers -----------------------------------------------------------------------------
 
     @property
     def version_ms(self) -> float | None:
-        """Milliseconds that a version lasts, over the last ones; None until two were seen."""
-        first, last = min(self._seen, default=0), max(self._seen, default=0)
-        if first == last:
+        """Milliseconds that a version lasts, over the last ones; None until enough were paced."""
+        if len(self._seen) < PACED:
             return None
+        first, last = min(self._seen), max(self._seen)
         lasted = (self._seen[last] - self._seen[first]) / (last - first)
         return lasted if lasted > 0 else None
 
@@ -176,11 +197,15 @@ class BiasMeter:
             bound: Versions that a sample may be behind: `max_staleness`.
         """
         said: list[str] = []
+        by_task: dict[str, list[_Fate]] = {}
+        for fate in self._fates:
+            by_task.setdefault(fate.task, []).append(fate)
+        pace = self.version_ms
         for task in sorted(self._met):
-            fates = [fate for fate in self._fates if fate.task == task]
-            durations = self.durations(task)
-            slow = _quantile(durations, 0.95)
-            if len(durations) >= ENOUGH and slow > bound:
+            fates = by_task.get(task, [])
+            known = pace is not None and len(fates) >= ENOUGH
+            slow = _p95([fate.duration_ms for fate in fates]) / pace if known and pace else 0.0
+            if slow > bound:
                 said.append(
                     f"task {task}: p95 duration {slow:.1f} versions, bound {bound}: use mask or "
                     "segment-wise, or raise max_staleness"
@@ -281,14 +306,26 @@ def _skew(task: str, fates: Sequence[_Fate]) -> list[str]:
     """Whether what was dropped is much longer than what was kept."""
     kept = [fate.tokens for fate in fates if not fate.reason]
     stale = [fate.tokens for fate in fates if fate.reason == "stale"]
-    if len(kept) < ENOUGH or len(stale) < ENOUGH or np.mean(stale) < 1.5 * np.mean(kept):
+    if len(kept) < ENOUGH or len(stale) < ENOUGH:
+        return []
+    of_kept, of_stale = sum(kept) / len(kept), sum(stale) / len(stale)
+    if of_stale < 1.5 * of_kept:
         return []
     sentence = (
-        f"task {task}: samples dropped as stale have {np.mean(stale):.0f} tokens, kept ones "
-        f"{np.mean(kept):.0f}: what is trained on is biased towards short answers; use mask or "
+        f"task {task}: samples dropped as stale have {of_stale:.0f} tokens, kept ones "
+        f"{of_kept:.0f}: what is trained on is biased towards short answers; use mask or "
         "segment-wise, or raise max_staleness"
     )
     return [sentence]
+
+
+def _p95(values: list[int]) -> float:
+    """The 95th percentile, interpolated as numpy does; without its cost for short lists."""
+    values.sort()
+    at = 0.95 * (len(values) - 1)
+    low = int(at)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (at - low)
 
 
 def _quantile(values: Sequence[float], q: float) -> float:

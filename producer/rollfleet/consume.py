@@ -10,6 +10,7 @@
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import (
     Awaitable,
     Callable,
@@ -104,13 +105,13 @@ class Consumer:
         #: Batch of an earlier life by group: served first and in that order.
         self.replay: dict[str, int] = {}
         #: (group, index) trained since the last checkpoint.
-        self.recent: dict[tuple[str, int], None] = {}
+        self.recent: OrderedDict[tuple[str, int], None] = OrderedDict()
         #: Groups that are waited for by name, and so are no part of other batches.
         self.reserved: set[str] = set()
         #: Of these, the ones that were dropped.
         self.given_up: set[str] = set()
         #: Groups that are closed, youngest last: what still comes of them is surplus.
-        self.over: dict[str, None] = {}
+        self.over: OrderedDict[str, None] = OrderedDict()
         self.drops: dict[str, int] = {}
         self.drop_log = DropLog()
         self._held: list[set[str]] = [set() for _ in streams]
@@ -212,8 +213,8 @@ class Consumer:
         if life != self.life:
             return
         await self._cancel_doomed(arrivals, closed)
-        for old in list(self.over)[: max(len(self.over) - RECENT, 0)]:
-            del self.over[old]
+        while len(self.over) > RECENT:
+            self.over.popitem(last=False)
         if closed or useless:
             self.news.set()
 
@@ -485,8 +486,8 @@ class Consumer:
     def remember(self, trained: Iterable[tuple[str, int]]) -> None:
         """Note what was trained, so that a Redis that lost its last second cannot repeat it."""
         self.recent.update(dict.fromkeys(trained))
-        for old in list(self.recent)[: max(len(self.recent) - RECENT, 0)]:
-            del self.recent[old]
+        while len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
 
     def forget(self, group: Group) -> None:
         """A group left for a batch that was committed."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rollfleet.capacity import Pacer
+from rollfleet.deadlines import Deadlines
 from rollfleet.feed import Feeder, to_prompt
 from rollfleet.line import Line
 from rollfleet.settings import TrainerSettings
@@ -84,6 +85,7 @@ class Submitter:
         self.again = again
         self.stood = stood
         self.out = out
+        self.deadlines = Deadlines(out)
         #: The version at which each of them was submitted.
         self.submitted: dict[str, int] = {}
         #: Training groups submitted by this trainer.
@@ -267,6 +269,7 @@ class Submitter:
                 self.out[group.prompt.group] = group.prompt
                 self.submitted[group.prompt.group] = version
                 self.sent += group.prompt.kind is Kind.TRAIN
+        self.deadlines.add(group.prompt for group in row if group.prompt.group in self.out)
         if len(self.submitted) > 2 * len(self.out) + KEEP:
             self.submitted = {name: self.submitted[name] for name in self.out}
         if len(self.streams) == 1:

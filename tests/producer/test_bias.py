@@ -1,14 +1,16 @@
 """The meter shows who pays for freshness: by task, length and age, in numbers and in words."""
 
 import math
+from collections import deque
 from typing import Any
 
+import numpy as np
 import pytest
 from fixtures.rollouts import make_group, make_header, make_rollout, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollfleet.bias import BiasMeter, effective_sample_size
+from rollfleet.bias import KEPT_TASKS, OTHER, BiasMeter, _p95, effective_sample_size
 from rollfleet.freshness import Mask
 from rollfleet.groups import Group
 from rollfleet_common.messages import Rollout
@@ -255,3 +257,51 @@ def test_a_snapshot_is_not_changed_by_what_comes_after() -> None:
     twin = meter.snapshot()
     meter.dropped(group([1], [1]), "stale", 5)
     assert twin.as_dict() == before != meter.as_dict()
+
+
+# ---- what is asked of it in the trainer's loop ---------------------------------------------------
+
+
+class Counted(deque):  # type: ignore[type-arg]
+    """Counts how often it is walked."""
+
+    walks = 0
+
+    def __iter__(self) -> Any:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_a_look_for_warnings_costs_the_same_whatever_the_labels() -> None:
+    meter = BiasMeter(window=256, clock=Clock())
+    for i in range(2000):
+        meter.dropped(group([1], task=f"t{i}", n=2), "stale", 5)
+    for kept in (meter._met, meter._in_a_row, {task for _, task, *_ in meter.drops}):
+        assert len(kept) <= KEPT_TASKS + 1
+    assert {task for _, task in meter.lost} == {f"t{i}" for i in range(KEPT_TASKS)} | {OTHER}
+    meter._fates = fates = Counted(meter._fates)
+    [sentence] = meter.warnings(2)
+    assert sentence.startswith("task other: starved for")
+    assert fates.walks == 1
+
+
+def test_what_a_resumed_trainer_finds_ready_says_nothing_of_the_pace() -> None:
+    clock = Clock()
+    meter = BiasMeter(clock=clock)
+    for version in range(20):  # consumed at once: all of it was there before
+        meter.kept(group([version], entry="999000-0", generate_ms=5000), version)
+        clock.now_s += 0.01
+    assert meter.version_ms is None
+    assert meter.warnings(2) == []
+    for version in range(20, 40):
+        entry = f"{int(clock.now_s * 1000)}-0"
+        meter.kept(group([version], entry=entry, generate_ms=5000), version)
+        assert (meter.version_ms is None) == (version < 27)
+        clock.now_s += 5
+    assert meter.version_ms == pytest.approx(5000)
+    assert meter.warnings(2) == []
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=50))
+def test_a_percentile_is_numpys(values: list[int]) -> None:
+    assert _p95(list(values)) == pytest.approx(float(np.quantile(values, 0.95)))
