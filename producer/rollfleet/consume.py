@@ -447,6 +447,12 @@ class Consumer:
         """Whether a group is in a batch, or closed and perhaps being settled."""
         return name in self.handed or name in self.over
 
+    def holds(self, name: str) -> list[str | int]:
+        """Index and entry of every member of a group that is here, one after the other."""
+        group = self.ready.get(name) or self.evals.get(name) or self.groups.open.get(name)
+        members = {} if group is None else group.members
+        return [part for index, member in members.items() for part in (index, member.entry)]
+
     def take_back(self, name: str, indices: Iterable[int]) -> None:
         """These members of a group were submitted again or closed, because their header is gone."""
         ready = self.ready.pop(name, None) or self.evals.pop(name, None)

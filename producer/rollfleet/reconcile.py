@@ -126,7 +126,7 @@ class Reconciler:
             route, body, task, position = raw.decode("utf-8", "replace"), b"", "?", -1
         keys = [k.fence, k.ledger, k.tombstones, k.group(name), k.prompts(route)]
         keys += [k.delayed(route), k.parked(route), k.rollouts]
-        args = [self.token, name, body, task, position]
+        args = [self.token, name, body, task, position, *self.consumer.holds(name)]
         life = self.consumer.life
         # Repeated after a lost reply, it finds nothing amiss: members it took back come again then.
         states = await self.line(lambda: _MEND(here.client, keys, args), f"mend group {name}")

@@ -214,3 +214,18 @@ async def test_it_is_said_while_it_lasts(redis_url: str) -> None:
 
         await wait_until_async(told, "the cause is told", 20)
         assert "3 samples are in no place" in await hand.fleet.reason()
+
+
+async def test_a_rollout_that_the_trainer_holds_counts_whatever_the_record_says(
+    redis_url: str,
+) -> None:
+    async with running(redis_url, "held") as hand:
+        name = await hand.fleet.submit({"token_ids": [1], "n": 4})
+        await hand.fleet.submit({"token_ids": [1], "n": 4})
+        claims = await hand.claim()
+        first, second = claims[:4], claims[4:]
+        await hand.deliver([delivery_of(c) for c in first])
+        await hand.client.hset(hand.streams.keys.group(name), "0", "r1-1")
+        assert await hand.fleet.watch.reconciler.mend(strangers=True) == (0, 0)
+        await hand.deliver([delivery_of(c) for c in second])
+        await trained(hand, 8)

@@ -2,7 +2,8 @@
 -- read, is leased, parked or delivered is left alone, so that a repeat changes nothing.
 -- KEYS 1 fence  2 ledger  3 tombstones  4 group  5 prompts stream  6 delayed  7 parked  8 rollouts
 -- ARGV 1 token  2 group  3 prompt body ('': not known, close what has no entry left)  4 task
---      5 position
+--      5 position, then pairs of index, entry: the rollouts that the trainer holds, which count in
+--      place of what the group says
 -- Returns the state of each member: 0 left alone, 1 submitted again, 2 closed with a tombstone; 3 and
 -- 4 the same for one that was delivered and whose header is gone. {-2} if the token is superseded.
 local fence = redis.call('HMGET', KEYS[1], 'token', 'epoch', 'version')
@@ -41,11 +42,14 @@ local function close(i)
   redis.call('HINCRBY', KEYS[2], 'dropped:vanished', 1)
   redis.call('HINCRBY', KEYS[2], 'settled:' .. kind, 1)
 end
+local holds = {}
+for at = 6, #ARGV, 2 do holds[ARGV[at]] = ARGV[at + 1] end
 local states = {}
 for i = 0, n - 1 do
   local where = redis.call('HGET', KEYS[4], i) or ''
   local state, entry = string.sub(where, 1, 1), string.sub(where, 2)
   local done = 0
+  if state == 'r' then entry = holds[tostring(i)] or entry end
   if state == 'p' and not pending(KEYS[5], 'workers', entry) then
     local found = redis.call('XRANGE', KEYS[5], entry, entry)[1]
     local ms, seq = numbers(entry)
