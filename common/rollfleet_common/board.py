@@ -17,12 +17,17 @@ from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.schemas import Schemas, spoken
 from rollfleet_common.scripts import load
+from rollfleet_common.text import I31, broken, decoded, parse_json, printable, state_int, whole
 
 __all__ = ["Board", "Claimed", "Seized", "Shape"]
 
 _CLAIM, _SEIZE, _HOLD, _RELEASE, _PUBLISH, _PLAN = map(
     load, ("claim", "seize", "hold", "release", "publish", "plan")
 )
+
+
+#: Partitions that a run may have; settings allow fewer.
+MAX_PARTITIONS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,22 @@ class Shape:
         return json.dumps({name: getattr(self, name) for name in self.__slots__})
 
     @classmethod
-    def loads(cls, text: str) -> "Shape":
-        """The inverse of :meth:`dumps`; unknown fields of a newer release are ignored."""
-        raw = json.loads(text)
-        return cls(**{name: int(raw[name]) for name in cls.__slots__})
+    def loads(cls, text: str | bytes) -> "Shape":
+        """The inverse of :meth:`dumps`; unknown fields of a newer release are ignored.
+
+        Raises:
+            ValueError: It is no shape of a run; the message says why.
+        """
+        raw = parse_json(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"a JSON {type(raw).__name__} is not a shape")  # noqa: TRY004
+        for name in cls.__slots__:
+            number = raw.get(name)
+            least, most = (1, MAX_PARTITIONS) if name == "partitions" else (0, I31)
+            if type(number) is not int or not least <= number <= most:
+                said = printable(repr(number), 60)
+                raise ValueError(f"{name!r} is {said}, not a whole number from {least} to {most}")
+        return cls(**{name: raw[name] for name in cls.__slots__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +128,7 @@ class Board:
         args.append(spoken().dumps())
         reply = await _SEIZE(self.client, [k.trainer, k.board, k.news], args)
         if reply[0] == 0:
-            return Seized(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))
+            return Seized(ok=False, holder=printable(decoded(reply[1]), 200), left_ms=int(reply[2]))
         return Seized(ok=True, epoch=int(reply[1]), version=int(reply[2]))
 
     async def hold(self, token: str, lease_ms: int) -> None:
@@ -156,28 +173,47 @@ class Board:
         self._held(await _PLAN(self.client, [k.board, k.batches], args))
 
     async def plans(self) -> dict[int, bytes]:
-        """The plans that stand, by batch number, in order."""
+        """The plans that stand, by batch number, in order.
+
+        Raises:
+            CodecError: A field is no number of a batch.
+        """
         raw = await self.client.hgetall(self.keys.batches)
-        return dict(sorted((int(batch), plan) for batch, plan in raw.items()))
+        plans: dict[int, bytes] = {}
+        for batch, plan in raw.items():
+            try:
+                plans[whole(batch, 0, I31)] = plan
+            except ValueError as exc:
+                name = printable(decoded(batch), 60)
+                raise broken(self.keys.batches, name, f"as the number of a batch: {exc}") from None
+        return dict(sorted(plans.items()))
 
     # ---- everyone ----------------------------------------------------------------------------
 
     async def read(self) -> tuple[PolicyVersion, Shape] | None:
-        """The policy and the shape of the run; None before any trainer opened it."""
+        """The policy and the shape of the run; None before any trainer opened it.
+
+        Raises:
+            CodecError: A field is not what a trainer writes; the message names it.
+        """
+        key = self.keys.board
         names = ["version", "epoch", "weights", "paused_until_ms", "min_useful", "refits", "shape"]
         values = await self.client.hmget(self.keys.board, names)
         version, epoch, weights, paused, useful, refits, shape = values
         if shape is None:
             return None
         policy = PolicyVersion(
-            version=int(version),
-            epoch=int(epoch),
-            weights=(weights or b"").decode(),
-            paused_until_ms=int(paused or 0),
-            min_useful=int(useful or NO_VERSION),
+            version=state_int(key, "version", version, NO_VERSION, I31),
+            epoch=state_int(key, "epoch", epoch, 0, I31),
+            weights=_utf8(key, "weights", weights or b""),
+            paused_until_ms=state_int(key, "paused_until_ms", paused or b"0"),
+            min_useful=state_int(key, "min_useful", useful or b"-1"),
             refits=refits == b"1",
         )
-        return policy, Shape.loads(shape.decode())
+        try:
+            return policy, Shape.loads(shape)
+        except ValueError as exc:
+            raise broken(key, "shape", str(exc)) from None
 
     async def schemas(self) -> Schemas:
         """What the trainer that opened the run last speaks.
@@ -198,19 +234,32 @@ class Board:
     async def warnings(self) -> list[str]:
         """What the trainer finds wrong with the flow, a sentence each."""
         try:
-            said = json.loads(await self.client.hget(self.keys.board, "warnings") or b"[]")
+            said = parse_json(await self.client.hget(self.keys.board, "warnings") or b"[]")
         except ValueError:
             return []
         return [str(sentence) for sentence in said] if isinstance(said, list) else []
 
     async def last_batch(self) -> int:
-        """The number of the youngest batch that was ever planned; 0 if none was."""
-        return int(await self.client.hget(self.keys.board, "last_batch") or 0)
+        """The number of the youngest batch that was ever planned; 0 if none was.
+
+        Raises:
+            CodecError: The field is no number.
+        """
+        raw = await self.client.hget(self.keys.board, "last_batch") or b"0"
+        return state_int(self.keys.board, "last_batch", raw, 0, I31)
 
     async def rollbacks(self) -> list[tuple[int, int]]:
-        """(epoch, version it began at) of every epoch, oldest first."""
+        """(epoch, version it began at) of every epoch, oldest first.
+
+        Raises:
+            CodecError: The field is no such list.
+        """
         raw = await self.client.hget(self.keys.board, "rollbacks") or b""
-        return [(int(e), int(v)) for e, _, v in (p.partition(":") for p in raw.decode().split())]
+        pairs = (part.partition(b":") for part in raw.split())
+        try:
+            return [(whole(e, 0, I31), whole(v, NO_VERSION, I31)) for e, _, v in pairs]
+        except ValueError as exc:
+            raise broken(self.keys.board, "rollbacks", str(exc)) from None
 
     async def form(self) -> str:
         """The form of the run's named arrays, as its trainer wrote it; "" if none did."""
@@ -230,3 +279,10 @@ class Board:
     def _held(self, reply: Any) -> None:
         if int(reply) == 0:
             raise SupersededError.of(self.keys.run)
+
+
+def _utf8(key: str, name: str, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as exc:
+        raise broken(key, name, str(exc)) from None

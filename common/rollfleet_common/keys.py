@@ -9,12 +9,13 @@
 
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rollfleet_common import schemas
 from rollfleet_common.errors import SettingsError
 
-__all__ = ["PartitionKeys", "RunKeys", "check_name", "partition_of"]
+__all__ = ["PartitionKeys", "RunKeys", "check_name", "partition_of", "route_names"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 
@@ -31,6 +32,12 @@ def check_name(name: str, what: str) -> str:
             "or '-', and begin with a letter or digit"
         )
     return name
+
+
+def route_names(raw: Iterable[bytes]) -> list[str]:
+    """The members of a `routes` set in order; what could be no route of ours is left out."""
+    names = (member.decode("utf-8", "replace") for member in raw)
+    return sorted(name for name in names if _NAME.fullmatch(name))
 
 
 def partition_of(group: str, partitions: int) -> int:

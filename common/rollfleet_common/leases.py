@@ -15,6 +15,7 @@ from rollfleet_common.keys import PartitionKeys
 from rollfleet_common.messages import Claim
 from rollfleet_common.scripts import load
 from rollfleet_common.streams import Garbage, Streams
+from rollfleet_common.text import decoded, printable
 
 __all__ = ["Failure", "Leases"]
 
@@ -25,6 +26,7 @@ _RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE, _REAP = map(
 RENEW_CHUNK = 1000
 #: More deliveries than any prompt gets.
 NEVER = 1 << 30
+_KINDS = (b"train", b"eval")
 #: Characters of an error message that a dead letter keeps.
 DETAIL = 500
 
@@ -43,7 +45,7 @@ class Failure:
             {
                 "attempt": attempt,
                 "kind": self.kind.value,
-                "detail": self.detail[:DETAIL],
+                "detail": printable(self.detail, DETAIL, lines=True),
                 "worker": self.worker,
                 "at_ms": at_ms,
             }
@@ -104,7 +106,7 @@ class Leases:
         for entry, deliveries, flat, owner in rows:
             fields = dict(zip(flat[::2], flat[1::2], strict=True))
             made = streams.read_claim(route, entry.decode(), fields)
-            taken.append((made, int(deliveries), owner.decode()))
+            taken.append((made, int(deliveries), decoded(owner)))
         return taken
 
     async def fail(self, claim: Claim, failure: Failure, delay_ms: int | None) -> bool:
@@ -144,9 +146,11 @@ class Leases:
         that its group closes; anything else is quarantined.
         """
         k, f, route = self.keys, garbage.fields, garbage.route
-        group = f.get(b"g", b"").decode("utf-8", "replace")
+        group = decoded(f.get(b"g", b""))
         place = await self.client.hget(k.group(group), f.get(b"i", b"")) if group else None
-        if place != f"p{garbage.entry}".encode():
+        # `fail` needs these fields; an entry that lacks one was not written by a script of ours.
+        whole_entry = all(name in f for name in (b"a", b"n", b"d")) and f.get(b"k") in _KINDS
+        if place != f"p{garbage.entry}".encode() or not whole_entry:
             await quarantine(self.client, k, k.prompts(route), "workers", garbage)
             return
         failure = Failure(FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker)

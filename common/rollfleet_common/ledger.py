@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.keys import PartitionKeys, route_names
 from rollfleet_common.scripts import load
+from rollfleet_common.text import decoded, state_int
 
 __all__ = ["Books", "read_books"]
 
@@ -72,7 +73,11 @@ class Books:
 
 
 async def read_books(client: Any, partitions: Sequence[PartitionKeys]) -> Books:
-    """The books of a run: the sum over its partitions."""
+    """The books of a run: the sum over its partitions.
+
+    Raises:
+        CodecError: A counter is no number; the message names it.
+    """
     total = Books()
     for keys in partitions:
         total += await _read_partition(client, keys)
@@ -80,14 +85,15 @@ async def read_books(client: Any, partitions: Sequence[PartitionKeys]) -> Books:
 
 
 async def _read_partition(client: Any, k: PartitionKeys) -> Books:
-    routes = sorted(route.decode() for route in await client.smembers(k.routes))
+    routes = route_names(await client.smembers(k.routes))
     keys = [k.ledger, k.rollouts, k.tombstones, k.trained, k.dead, k.fence]
     for route in routes:
         keys += [k.prompts(route), k.delayed(route)]
     reply = await _LEDGER(client, keys, [])
     flat, rollouts, read, tombstones, trained, dead_letters = reply[:6]
     counters = {
-        name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)
+        decoded(name): state_int(k.ledger, decoded(name), count)
+        for name, count in zip(flat[::2], flat[1::2], strict=True)
     }
     books = Books(
         submitted=counters.get("submitted:train", 0) + counters.get("submitted:eval", 0),

@@ -17,6 +17,7 @@ from rollfleet_common.errors import (
     BrokerUnavailableError,
     RollfleetError,
 )
+from rollfleet_common.text import broken, printable
 
 __all__ = ["TRANSIENT", "error_code", "is_transient", "safe_url", "translate"]
 
@@ -44,6 +45,8 @@ _REFUSED: tuple[type[BaseException], ...] = (
     redis.exceptions.AuthorizationError,
     redis.exceptions.NoPermissionError,
 )
+#: How a script says that a field of the run's state is no number (`BADSTATE <field> of <key>`).
+_BROKEN = re.compile(r"BADSTATE (?P<field>\S+) of (?P<key>\S+)")
 _REFUSED_CODES = frozenset({"NOAUTH", "WRONGPASS", "NOPERM"})
 
 
@@ -59,10 +62,44 @@ def safe_url(url: str) -> str:
     return f"{scheme}{user + ':' if colon else ''}***@{rest}"
 
 
+#: What redis-py puts before the error of a command in a pipeline. The command may hold anything, and
+#: the asyncio client writes the error as a tuple.
+_PIPELINED = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: (?:\(['\"])?", re.DOTALL)
+#: What Redis puts before an error that a script passed on.
+_SCRIPTED = re.compile(
+    r"(?:ERR )?(?:Error (?:running|compiling) script[^:]*(?:: ?\d+)?: )?(?:@?user_script:\d*:? ?)*-?"
+)
+
+
+def _said(exc: BaseException) -> str:
+    """What the server said, without what redis-py and the script engine put before it."""
+    text = _PIPELINED.sub("", str(exc), count=1)
+    found = _SCRIPTED.match(text)
+    return text[found.end() :] if found else text
+
+
 def error_code(exc: BaseException) -> str:
-    """The error code that Redis put first in its message, or an empty string."""
-    found = re.match(r"[A-Z]+\b", str(exc))
+    """The error code that Redis put first in its message, or an empty string.
+
+    Also of a command in a pipeline, or in a script, whose errors are annotated.
+    """
+    if isinstance(exc, redis.exceptions.ResponseError):
+        # redis-py 8 keeps a code that it knows here, and takes it off the text.
+        code = getattr(exc, "status_code", None)
+        if isinstance(code, str) and code not in ("", "ERR"):
+            return code
+    found = re.match(r"[A-Z]+\b", _said(exc))
     return found.group() if found else ""
+
+
+def _exhausted(exc: BaseException) -> bool:
+    """Whether a stream takes no more entries, because one has the highest id that there is.
+
+    Somebody added it by hand or by mistake. It passes when an operator has put the stream right.
+    """
+    return isinstance(exc, redis.exceptions.ResponseError) and "exhausted the last possible ID" in (
+        str(exc)
+    )
 
 
 def _behind(exc: BaseException) -> Iterator[BaseException]:
@@ -93,14 +130,20 @@ def _remedy(exc: BaseException) -> str | None:
 
 
 def is_transient(exc: BaseException) -> bool:
-    """Whether `exc` may pass by itself: unreachable, loading, failing over, out of memory."""
+    """Whether `exc` may pass by itself, or when an operator has seen to Redis.
+
+    Unreachable, loading, failing over, out of memory, or a stream that takes no more ids: neither the
+    caller nor what it wanted to write is to blame.
+    """
     if isinstance(exc, RollfleetError):
         return isinstance(exc, BrokerUnavailableError)
     if _remedy(exc) is not None:
         return False
     if isinstance(exc, TRANSIENT):
         return True
-    return isinstance(exc, redis.exceptions.ResponseError) and error_code(exc) in _TRANSIENT_CODES
+    if not isinstance(exc, redis.exceptions.ResponseError):
+        return False
+    return error_code(exc) in _TRANSIENT_CODES or _exhausted(exc)
 
 
 def translate(exc: BaseException, url: str = "") -> RollfleetError:
@@ -109,17 +152,31 @@ def translate(exc: BaseException, url: str = "") -> RollfleetError:
     Returns:
         BrokerSetupError for wrong passwords, missing rights and untrusted certificates;
         BrokerUnavailableError for what :func:`is_transient` calls transient; BrokerError for all
-        else; an error of ours as it is.
+        else; CodecError for state of the run that a script found to be no number; an error of ours
+        as it is.
     """
     if isinstance(exc, RollfleetError):
         return exc
     where = f"Redis at {safe_url(url)}" if url else "Redis"
-    said = f"{type(exc).__name__}: {exc}"
-    error: BrokerError
-    if (remedy := _remedy(exc)) is not None:
+    said = printable(f"{type(exc).__name__}: {exc}")
+    error: RollfleetError
+    if (state := _BROKEN.search(str(exc))) is not None:
+        error = broken(state["key"], state["field"], "it is no number")
+    elif (remedy := _remedy(exc)) is not None:
         error = BrokerSetupError(f"{where} refused us ({said}): {remedy}")
+    elif _exhausted(exc):
+        error = BrokerUnavailableError(
+            f"{where} refused to add to a stream ({said}): an entry with an absurdly high id was "
+            "written to it, and nothing can be added after that one. `rollfleet doctor` names the "
+            "stream and the commands that put it right"
+        )
     elif is_transient(exc):
         error = BrokerUnavailableError(f"{where} is not available ({said})")
+    elif "hash value is not an integer" in str(exc) or "would overflow" in str(exc):
+        error = BrokerError(
+            f"{where} cannot raise a counter ({said}): a field of a ledger or a fence is no number. "
+            "`rollfleet doctor` names it"
+        )
     else:
         error = BrokerError(f"{where} answered with an error ({said})")
     error.__cause__ = exc

@@ -23,6 +23,7 @@ from rollfleet_common.errors import SettingsError, SupersededError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import NO_VERSION
 from rollfleet_common.scripts import load
+from rollfleet_common.text import I31, json_int, parse_json
 
 __all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_name", "server_url"]
 
@@ -30,6 +31,8 @@ _REFIT = load("refit")
 _URL = re.compile(r"https?://(?:[^/\s?#@]*@)?[^/\s?#@]+(/[^\s?#]*)?", re.IGNORECASE)
 _END = re.compile(r"(/|/v1)+$")
 _NEWS = 64
+#: What a server may run.
+ENGINES = ("auto", "vllm", "sglang", "openai")
 
 
 def server_url(url: str) -> str:
@@ -232,31 +235,39 @@ def _rows(raw: Mapping[bytes, bytes], read: Any) -> dict[str, Any]:
         url = name.decode("utf-8", "replace")
         try:
             rows[url] = read(url, text)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
             continue
     return rows
 
 
 def _server(url: str, text: bytes) -> Server:
-    raw = json.loads(text)
+    raw = parse_json(text)
+    if server_url(url) != url:
+        raise ValueError(f"{url!r} is no URL as it is registered")
+    engine = str(raw.get("engine", "auto"))
+    if engine not in ENGINES:
+        raise ValueError(f"{engine!r} is no engine")
+    behind = raw.get("behind") or []
+    if not isinstance(behind, list):
+        raise ValueError(f"behind is a {type(behind).__name__}, not a list of URLs")
     return Server(
         url,
-        str(raw.get("engine", "auto")),
+        engine,
         bool(raw.get("draining")),
-        int(raw.get("added_ms", 0)),
-        tuple(server_url(str(one)) for one in raw.get("behind") or ()),
+        json_int(raw.get("added_ms", 0)),
+        tuple(server_url(str(one)) for one in behind),
     )
 
 
 def _weights(url: str, text: bytes) -> ServerWeights:
-    raw = json.loads(text)
+    raw = parse_json(text)
     return ServerWeights(
         url,
         WeightState(raw["state"]),
-        int(raw.get("version", NO_VERSION)),
-        int(raw.get("epoch", 0)),
+        json_int(raw.get("version", NO_VERSION), NO_VERSION, I31),
+        json_int(raw.get("epoch", 0), -I31, I31),
         str(raw.get("why", "")),
-        int(raw.get("until_ms", 0)),
-        int(raw.get("at_ms", 0)),
+        json_int(raw.get("until_ms", 0)),
+        json_int(raw.get("at_ms", 0)),
         str(raw.get("model", "")),
     )

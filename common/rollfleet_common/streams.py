@@ -20,6 +20,7 @@ from rollfleet_common.errors import SupersededError, WireError
 from rollfleet_common.keys import PartitionKeys
 from rollfleet_common.messages import NO_VERSION, Claim, Header, Kind, Prompt, Tombstone
 from rollfleet_common.scripts import load
+from rollfleet_common.text import I31, decoded, whole
 
 __all__ = [
     "Arrivals",
@@ -38,6 +39,8 @@ _OPEN, _ADVANCE, _SUBMIT, _DELIVER, _SETTLE, _UNTRAIN, _CANCEL, _ADOPT = map(
 #: How long a payload outlives a delivery that never came: it is persisted when its header is
 #: written, and expires by itself if its worker lost the lease.
 PAYLOAD_TTL_MS = 600_000
+#: Fields of a prompt's entry: ours have nine. One of very many could not be handed back.
+MAX_FIELDS = 100
 #: Lua's `unpack` and reply sizes stay far from their limits.
 CHUNK = 500
 
@@ -240,7 +243,7 @@ class Streams:
         claims: list[Claim] = []
         garbage: list[Garbage] = []
         for name, entries in _by_stream(reply):
-            route = name.decode().removeprefix(self.keys.prompts(""))
+            route = decoded(name).removeprefix(self.keys.prompts(""))
             for raw_entry, fields in entries:
                 made = self.read_claim(route, raw_entry.decode(), fields)
                 (claims if isinstance(made, Claim) else garbage).append(made)  # type: ignore[arg-type]
@@ -252,17 +255,19 @@ class Streams:
         """A stream entry as a claim, or as what it is when it is not ours."""
         if not fields:
             return Garbage(entry, "the entry was deleted while it was pending", {}, route)
+        if len(fields) > MAX_FIELDS:
+            return Garbage(entry, f"the entry has {len(fields):,} fields", fields, route)
         try:
             body = fields[b"d"]
             if self._last is None or self._last[0] != body:
                 self._last = (body, decode_prompt(body))
-            index, attempt = int(fields[b"i"]), int(fields[b"a"])
+            index, attempt = whole(fields[b"i"], 0, I31), whole(fields[b"a"], 1, I31)
         except (KeyError, ValueError, WireError) as exc:
             why = f"missing field {exc}" if isinstance(exc, KeyError) else str(exc)
             return Garbage(entry, why, fields, route)
         prompt = self._last[1]
         if (
-            not (0 <= index < prompt.n and attempt >= 1 and prompt.route == route)
+            not (index < prompt.n and prompt.route == route)
             or fields.get(b"g") != prompt.group.encode()
         ):
             # Such a lease could not be found again by the names that its prompt gives.
@@ -448,7 +453,7 @@ def _since(text: bytes) -> tuple[int, int]:
     """Epoch and version at submission; before all of them if the entry does not say."""
     epoch, _, version = text.partition(b":")
     try:
-        return int(epoch), int(version)
+        return whole(epoch, -1, I31), whole(version, NO_VERSION, I31)
     except ValueError:
         return -1, NO_VERSION
 
@@ -475,14 +480,15 @@ def _read_header(fields: Mapping[bytes, bytes]) -> Header:
 
 
 def _read_tombstone(fields: Mapping[bytes, bytes]) -> Tombstone:
-    text = {key: value.decode("utf-8", "replace") for key, value in fields.items()}
+    n = whole(fields[b"n"], 1, I31)
     return Tombstone(
-        group=text[b"g"],
-        index=int(text[b"i"]),
-        n=int(text[b"n"]),
-        kind=Kind(text[b"k"]),
-        task=text[b"t"],
-        reason=text[b"r"],
-        detail=text[b"e"],
-        position=int(text[b"p"]),
+        # Names are compared with others, so they are read as they are or not at all.
+        group=fields[b"g"].decode(),
+        index=whole(fields[b"i"], 0, n - 1),
+        n=n,
+        kind=Kind(fields[b"k"].decode()),
+        task=decoded(fields[b"t"]),
+        reason=decoded(fields[b"r"]),
+        detail=decoded(fields[b"e"]),
+        position=whole(fields[b"p"], -1),
     )

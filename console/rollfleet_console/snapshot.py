@@ -4,7 +4,6 @@
 - Every term is read from the structure that holds it; ages are taken by the clock of Redis.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
 from rollfleet_common.ledger import read_books
 from rollfleet_common.schemas import Schemas
 from rollfleet_common.servers import Servers
+from rollfleet_common.text import json_int, parse_json
 from rollfleet_console.fleet_servers import gather
 from rollfleet_console.reasons import explain
 from rollfleet_console.views import LOST_AFTER_S, Route, Server, Snapshot, WorkerCard
@@ -73,9 +73,9 @@ def _read_cards(
     for name, text in sorted(raw.items()):
         worker = name.decode("utf-8", "replace")
         try:
-            card = json.loads(text)
+            card = parse_json(text)
             # Of a newer release it may say more, of a broken one less: then it still counts.
-            card = {**card, "id": worker, "seen_ms": int(card.get("seen_ms", now_ms))}
+            card = {**card, "id": worker, "seen_ms": json_int(card.get("seen_ms", now_ms))}
             _worker(card, {}, now_ms)  # one field that makes no sense must not hide the others
             cards.append(card)
         except (ValueError, TypeError, AttributeError, OverflowError):
@@ -88,30 +88,30 @@ def _worker(card: Mapping[str, Any], pending: Mapping[str, int], now_ms: int) ->
     return WorkerCard(
         id=card["id"],
         host=str(card.get("host", "?")),
-        pid=int(card.get("pid", 0)),
+        pid=json_int(card.get("pid", 0)),
         version=str(card.get("version", "?")),
         schemas=Schemas.of(card.get("schemas"), str(card.get("version", ""))),
         routes=tuple(map(str, card.get("routes", ()))),
-        slots=int(card.get("slots", 0)),
-        busy=int(card.get("busy", 0)),
+        slots=json_int(card.get("slots", 0)),
+        busy=json_int(card.get("busy", 0)),
         servers=tuple(
             Server(
                 name=str(s.get("name", "?")),
                 state=str(s.get("state", "?")),
-                in_flight=int(s.get("in_flight") or 0),
-                version=None if s.get("version") is None else int(s["version"]),
+                in_flight=json_int(s.get("in_flight") or 0),
+                version=None if s.get("version") is None else json_int(s["version"]),
                 error=str(s.get("error") or ""),
-                limit=int(s.get("limit") or 0),
+                limit=json_int(s.get("limit") or 0),
                 why=str(s.get("why") or ""),
             )
             for s in card.get("servers", ())
         ),
         state="lost" if seen_s > LOST_AFTER_S else str(card.get("state", "?")),
-        policy_version=int(card.get("policy_version", -1)),
-        delivered=int(card.get("delivered", 0)),
-        failed=int(card.get("failed", 0)),
+        policy_version=json_int(card.get("policy_version", -1)),
+        delivered=json_int(card.get("delivered", 0)),
+        failed=json_int(card.get("failed", 0)),
         seen_s=seen_s,
-        up_s=max(0.0, (now_ms - int(card.get("started_ms", now_ms))) / 1000),
+        up_s=max(0.0, (now_ms - json_int(card.get("started_ms", now_ms))) / 1000),
         pending=pending.get(card["id"], 0),
         ahead_s=max(0.0, (card["seen_ms"] - now_ms) / 1000),
     )

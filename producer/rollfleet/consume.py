@@ -41,6 +41,7 @@ from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Header, Kind, Prompt, Tombstone
 from rollfleet_common.redis import is_transient
 from rollfleet_common.streams import Arrivals, Garbage, Streams
+from rollfleet_common.text import I31, decoded, printable, whole
 
 __all__ = ["Consumer"]
 
@@ -313,18 +314,18 @@ class Consumer:
         """Put aside what cannot be read; returns the groups that this closed.
 
         A header that a worker of another release wrote stands beside plain fields that tell whose
-        it is: it is dropped and counted like any rollout, and its group closes. Anything else came
-        from no script of ours.
+        it is, and the group's record names the entry: it is dropped and counted like any rollout, and
+        its group closes. Anything else came from no script of ours.
         """
         streams, life = self.streams[partition], self.life
         closed: list[Group] = []
         for garbage in arrivals.garbage:
-            log.error("header cannot be read", entry=garbage.entry, why=garbage.why)
+            log.error("header cannot be read", entry=garbage.entry, why=printable(garbage.why))
             lost = _whose(garbage)
-            if lost is None:
+            if lost is None or not await self._delivered(streams, garbage.entry, lost):
                 await self._put_aside(streams, streams.keys.rollouts, garbage)
                 continue
-            rollout = (garbage.entry, lost.kind, garbage.fields[b"p"].decode())
+            rollout = (garbage.entry, lost.kind, decoded(garbage.fields[b"p"]))
             await self._settle(partition, "drop:undecodable", [rollout])
             if life != self.life:
                 return []
@@ -332,9 +333,17 @@ class Consumer:
             if (group := self.groups.bury(partition, "", lost)) is not None:
                 closed.append(group)
         for garbage in arrivals.garbage_tombstones:
-            log.error("tombstone cannot be read", entry=garbage.entry, why=garbage.why)
+            log.error("tombstone cannot be read", entry=garbage.entry, why=printable(garbage.why))
             await self._put_aside(streams, streams.keys.tombstones, garbage)
         return closed
+
+    async def _delivered(self, streams: Streams, entry: str, lost: Tombstone) -> bool:
+        """Whether `deliver` wrote this entry: the record of its group says so."""
+        record = streams.keys.group(lost.group)
+        place: bytes | None = await self.line(
+            lambda: streams.client.hget(record, str(lost.index)), f"look up {entry}"
+        )
+        return place == b"r" + entry.encode()
 
     async def _put_aside(self, streams: Streams, stream: str, garbage: Garbage) -> None:
         await self.line(
@@ -532,16 +541,17 @@ def _torn(group: Group) -> str:
 
 def _whose(garbage: Garbage) -> Tombstone | None:
     """Whose rollout an unreadable header was, from the plain fields beside it; None: nobody's."""
-    text = {key: value.decode("utf-8", "replace") for key, value in garbage.fields.items()}
+    fields = garbage.fields
     try:
+        n = whole(fields[b"n"], 1, I31)
         return Tombstone(
-            group=text[b"g"],
-            index=int(text[b"i"]),
-            n=int(text[b"n"]),
-            kind=Kind(text[b"k"]),
+            group=fields[b"g"].decode(),
+            index=whole(fields[b"i"], 0, n - 1),
+            n=n,
+            kind=Kind(fields[b"k"].decode()),
             task="?",
             reason="undecodable",
-            detail=garbage.why if text[b"p"] else "",
+            detail=garbage.why if fields[b"p"] else "",
         )
     except (KeyError, ValueError):
         return None

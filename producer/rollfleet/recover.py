@@ -6,6 +6,7 @@
   commits only at checkpoints gets back exactly what was trained since the last one.
 """
 
+import re
 from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,8 +18,12 @@ from rollfleet_common.board import Board
 from rollfleet_common.errors import CodecError
 from rollfleet_common.messages import NO_VERSION, Kind
 from rollfleet_common.streams import Streams
+from rollfleet_common.text import printable
 
 __all__ = ["Plan", "recover"]
+
+_STATES = ("handed", "trained", "committed")
+_ENTRY = re.compile(r"[0-9]{1,20}-[0-9]{1,20}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ class Plan:
         """
         try:
             _, state, rollouts, groups, tombstones, version = msgpack.unpackb(packed)
-            return cls(
+            plan = cls(
                 number=number,
                 state=state,
                 rollouts=tuple((p, e, Kind(k), s) for p, e, k, s in rollouts),
@@ -77,8 +82,21 @@ class Plan:
                 tombstones=tuple((p, e) for p, e in tombstones),
                 version=int(version),
             )
-        except (ValueError, TypeError) as exc:
-            raise CodecError(f"plan of batch {number}: {exc}") from exc
+        except (ValueError, TypeError, OverflowError, RecursionError) as exc:
+            raise CodecError(f"plan of batch {number}: {printable(str(exc))}") from exc
+        entries = [*(e for _, e, _, _ in plan.rollouts), *(e for _, e in plan.tombstones)]
+        names = [*(s for _, _, _, s in plan.rollouts), *(g for _, g in plan.groups)]
+        where = [row[0] for row in (*plan.rollouts, *plan.groups, *plan.tombstones)]
+        if (
+            state not in _STATES
+            or not all(isinstance(e, str) and _ENTRY.fullmatch(e) for e in entries)
+            or not all(isinstance(name, str) for name in names)
+            or not all(type(p) is int and p >= 0 for p in where)
+        ):
+            raise CodecError(
+                f"plan of batch {number} names what is no state, entry, partition or group of ours"
+            )
+        return plan
 
     async def settle(self, verb: str, token: str, streams: Sequence[Streams]) -> None:
         """Carry `verb` (train, commit) out in every partition; repeats change nothing."""

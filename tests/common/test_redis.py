@@ -1,6 +1,7 @@
 import asyncio
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import redis
@@ -263,6 +264,92 @@ def test_our_own_errors_stay_as_they_are() -> None:
     ours = SupersededError("another trainer")
     assert translate(ours) is ours
     assert not is_transient(ours)
+
+
+CODES = {
+    "NOREPLICAS": "Not enough good replicas to write.",
+    "MISCONF": "Errors writing to the AOF file: No space left on device",
+    "READONLY": "You can't write against a read only replica.",
+    "LOADING": "Redis is loading the dataset in memory",
+    "TRYAGAIN": "Multiple keys request during rehashing of slot",
+    "CLUSTERDOWN": "The cluster is down",
+    "MASTERDOWN": "Link with MASTER is down",
+    "BUSY": "Redis is busy running a script. You can only call SCRIPT KILL",
+    "OOM": "command not allowed when used memory > 'maxmemory'.",
+}
+#: How redis-py and script engines write the error of a command.
+WRITTEN = {
+    "a command": "{}",
+    "a script": "{} script: 2a5f, on @user_script:41.",
+    "a script that raised it": "user_script:12: {} script: 2a5f, on @user_script:12.",
+    "a pipeline": "Command # 1 (HSET k f v) of pipeline caused error: {}",
+    "an asyncio pipeline": "Command # 1 (HSET k f v) of pipeline caused error: ('{}',)",
+    "a script in a pipeline": "Command # 2 (EVALSHA 2a5f 1 k) of pipeline caused error: {} script: 2",
+    "a hostile command": "Command # 1 (SET k ) of pipeline caused error: NOPERM\n) of pipeline caused "
+    "error: {}",
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("code", CODES)
+def test_a_transient_error_is_told_by_its_code_wherever_it_stands(code: str, written: str) -> None:
+    exc = redis.exceptions.ResponseError(written.format(f"{code} {CODES[code]}"))
+    assert is_transient(exc)
+    assert type(translate(exc)) is BrokerUnavailableError
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+def test_what_a_command_holds_is_no_code(written: str) -> None:
+    for text in ("WRONGTYPE Operation against a key", "ERR unknown command 'BUSY'"):
+        assert not is_transient(redis.exceptions.ResponseError(written.format(text)))
+    refused = redis.exceptions.ResponseError(written.format("NOPERM this user has no permissions"))
+    assert type(translate(refused)) is BrokerSetupError
+
+
+async def _failures(client: Any) -> list[BaseException]:
+    """What a server says to a write: alone, in two kinds of scripts, in a pipeline, in MULTI."""
+    text = "return redis.call('SET', KEYS[1], 'v')"
+
+    async def pipelined(transaction: bool) -> None:
+        pipe = client.pipeline(transaction=transaction)
+        pipe.set("k", "v", px=1000)
+        await pipe.execute()
+
+    calls: list[Callable[[], Any]] = [
+        lambda: client.set("k", "v", px=1000),
+        lambda: client.eval(text, 1, "k"),
+        lambda: client.eval(f"#!lua\n{text}", 1, "k"),
+        lambda: pipelined(False),
+        lambda: pipelined(True),
+    ]
+    found: list[BaseException] = []
+    for call in calls:
+        with pytest.raises(redis.exceptions.RedisError) as caught:
+            await call()
+        found.append(caught.value)
+    return found
+
+
+async def test_what_real_servers_say_in_a_bad_hour_is_transient(make_server: MakeServer) -> None:
+    """OOM, NOREPLICAS, READONLY, MASTERDOWN and BUSY, as this server writes them."""
+    async with connect(make_server().url, role="test") as client:
+        for name, bad, good in (("maxmemory", 1, 0), ("min-replicas-to-write", 1, 0)):
+            await client.config_set(name, bad)
+            for exc in await _failures(client):
+                assert is_transient(exc), exc
+            await client.config_set(name, good)
+        await client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        for stale in ("yes", "no"):
+            await client.config_set("replica-serve-stale-data", stale)
+            for exc in await _failures(client):
+                assert is_transient(exc), exc
+        await client.execute_command("REPLICAOF", "NO", "ONE")
+        await client.xadd("s", {"x": "y"}, id="18446744073709551615-18446744073709551615")
+        with pytest.raises(redis.exceptions.ResponseError) as caught:
+            await client.xadd("s", {"x": "y"})
+        assert is_transient(caught.value)
+        assert "rollfleet doctor" in str(translate(caught.value))
+        await client.delete("s")
 
 
 async def test_retry_waits_an_outage_out(make_server: MakeServer) -> None:

@@ -23,6 +23,7 @@ from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import is_transient, retry, translate
 from rollfleet_common.streams import Garbage, Streams
+from rollfleet_common.text import printable
 from rollfleet_worker.metrics import Metrics
 from rollfleet_worker.settings import WorkerSettings
 from rollfleet_worker.slots import Slots
@@ -228,7 +229,7 @@ class Claimer:
         return self._suspect is not None and self.owns(self._suspect)
 
     async def _bury(self, garbage: Garbage) -> None:
-        log.error("garbage on the prompts stream", entry=garbage.entry, why=garbage.why)
+        log.error("garbage on the prompts stream", entry=garbage.entry, why=printable(garbage.why))
         self.metrics.garbage.inc()
         await self.leases.bury(garbage)
 

@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import json
 import random
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import retry
 from rollfleet_common.streams import Delivered, Delivery, Streams
+from rollfleet_common.text import parse_json
 from rollfleet_worker.metrics import Metrics
 from rollfleet_worker.settings import WorkerSettings
 
@@ -201,6 +201,6 @@ def retry_delay_ms(claim: Claim, failure: Failure, settings: WorkerSettings) -> 
 def _kind(line: bytes) -> str:
     """The kind of one recorded failure; one that cannot be read counts for no budget."""
     try:
-        return str(json.loads(line)["kind"])
+        return str(parse_json(line)["kind"])
     except (ValueError, KeyError, TypeError):
         return ""

@@ -18,6 +18,7 @@ from rollfleet_common.keys import RunKeys
 from rollfleet_common.leases import Leases
 from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import is_transient
+from rollfleet_common.text import json_int, parse_json
 from rollfleet_worker.metrics import Metrics
 
 __all__ = ["Pulse"]
@@ -143,6 +144,6 @@ class Pulse:
 def _seen_ms(card: bytes) -> float:
     """When a card was written; one that cannot be read is as good as gone."""
     try:
-        return float(json.loads(card)["seen_ms"])
+        return float(json_int(parse_json(card)["seen_ms"]))
     except (ValueError, KeyError, TypeError):
         return 0.0

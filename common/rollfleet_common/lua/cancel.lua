@@ -4,9 +4,15 @@
 -- KEYS 1 fence  2 ledger  3 tombstones  4 group  5 prompts stream  6 delayed  7 parked
 -- ARGV 1 token  2 group  3 reason  4 task  5 position  6 at most (members to settle)
 -- Returns how many members were settled, or -2 if the token is superseded.
+local function number(raw, otherwise)
+  if not raw then return otherwise end
+  return #raw <= 16 and string.find(raw, '^%-?%d+$') and tonumber(raw) or nil
+end
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -2 end
-local n = tonumber(redis.call('HGET', KEYS[4], 'n') or '0')
+-- A record that somebody else wrote may claim anything: the loop is bounded.
+local n = math.min(number(redis.call('HGET', KEYS[4], 'n'), 0) or 0, 100000)
 local kind = redis.call('HGET', KEYS[4], 'kind')
+if kind ~= 'train' and kind ~= 'eval' then return 0 end
 local most = tonumber(ARGV[6])
 local settled = 0
 for i = n - 1, 0, -1 do
@@ -17,7 +23,7 @@ for i = n - 1, 0, -1 do
   if state == 'p' then
     local entry = string.sub(where, 2)
     redis.pcall('XACK', KEYS[5], 'workers', entry)
-    gone = redis.call('XDEL', KEYS[5], entry)
+    gone = redis.pcall('XDEL', KEYS[5], entry)
   elseif state == 'd' then
     local member = ARGV[2] .. ':' .. i
     redis.call('ZREM', KEYS[6], member)

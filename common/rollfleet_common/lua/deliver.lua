@@ -1,6 +1,7 @@
 -- Publish rollouts and take their prompts off, each if and only if the lease is still ours.
--- Lua does not roll back, so the order is: check, PERSIST, XADD, and only then XACK and XDEL. Out of
--- memory, the payload's SET ahead of this script is refused, and the prompt stays pending.
+-- Lua does not roll back, so the order is: check, XADD, PERSIST, and only then XACK and XDEL. The XADD
+-- may be refused (out of memory, a stream of no more ids): then the prompt stays pending, and the
+-- payload keeps its TTL. What comes after it may not fail, or every repeat would add once more.
 -- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 tap  6 tapped, then per item: prompts stream,
 --      group, payload
 -- ARGV 1 consumer, then per item:
@@ -8,13 +9,20 @@
 -- Returns per item: 1 delivered, 0 gone (no lease: delivered before, or cancelled), -1 stolen,
 -- -2 the payload is not there (the prompt stays ours), -3 too stale to be useful (closed).
 -- A stream or group that is gone (Redis was flushed) holds no leases.
+local function number(raw, otherwise)
+  if not raw then return otherwise end
+  return #raw <= 16 and string.find(raw, '^%-?%d+$') and tonumber(raw) or nil
+end
 local function holder(stream, entry)
   local held = redis.pcall('XPENDING', stream, 'workers', entry, entry, 1)
   if held.err and not string.find(held.err, 'NOGROUP', 1, true) then error(held.err) end
   return not held.err and held[1] and held[1][2]
 end
 local fence = redis.call('HMGET', KEYS[1], 'epoch', 'min_useful')
-local epoch, min_useful = fence[1], tonumber(fence[2] or '-1')
+-- A fence that cannot be read refuses nothing: the trainer judges everything again.
+local epoch, min_useful = fence[1], number(fence[2], -1) or -1
+local tap = number(redis.call('GET', KEYS[5]))
+tap = tap and tap > 0 and tap <= 86400000 and tap
 local states = {}
 local key, arg = 7, 2
 while arg <= #ARGV do
@@ -29,26 +37,25 @@ while arg <= #ARGV do
     redis.call('XADD', KEYS[4], '*', 'g', ARGV[arg + 6], 'i', index, 'n', ARGV[arg + 7], 'k', kind,
       't', ARGV[arg + 8], 'p', ARGV[arg + 9], 'r', 'stale',
       'e', 'oldest trained token of version ' .. ARGV[arg + 4] .. ', useful from ' .. min_useful)
-    local tap = redis.call('GET', KEYS[5])
     if tap then -- somebody records: as in settle
-      redis.call('XADD', KEYS[6], 'MAXLEN', '50000', '*', 'v', 'drop:stale', 'h', ARGV[arg + 5])
+      redis.pcall('XADD', KEYS[6], 'MAXLEN', '50000', '*', 'v', 'drop:stale', 'h', ARGV[arg + 5])
       redis.call('PEXPIRE', KEYS[6], tap)
       redis.call('PEXPIRE', KEYS[key + 2], tap)
     else
       redis.call('UNLINK', KEYS[key + 2])
     end
-    redis.call('HINCRBY', KEYS[2], 'dropped:stale', 1)
-    redis.call('HINCRBY', KEYS[2], 'settled:train', 1)
-    if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'x') end
+    redis.pcall('HINCRBY', KEYS[2], 'dropped:stale', 1)
+    redis.pcall('HINCRBY', KEYS[2], 'settled:train', 1)
+    if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.pcall('HSET', KEYS[key + 1], index, 'x') end
     state = -3
-  elseif redis.call('PERSIST', KEYS[key + 2]) == 0 and redis.call('EXISTS', KEYS[key + 2]) == 0 then
-    -- PERSIST alone would also refuse a payload that an earlier, refused call has persisted.
+  elseif redis.call('EXISTS', KEYS[key + 2]) == 0 then
     state = -2
   else
     local header = redis.call('XADD', KEYS[3], '*', 'h', ARGV[arg + 5], 'g', ARGV[arg + 6],
       'i', index, 'n', ARGV[arg + 7], 'k', kind, 'p', string.match(KEYS[key + 2], ':payload:(.*)$'))
-    if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.call('HSET', KEYS[key + 1], index, 'r' .. header) end
-    redis.call('HINCRBY', KEYS[2], 'delivered', 1)
+    redis.call('PERSIST', KEYS[key + 2])
+    if redis.call('EXISTS', KEYS[key + 1]) == 1 then redis.pcall('HSET', KEYS[key + 1], index, 'r' .. header) end
+    redis.pcall('HINCRBY', KEYS[2], 'delivered', 1)
     state = 1
   end
   if state == 1 or state == -3 then

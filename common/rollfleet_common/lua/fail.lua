@@ -1,4 +1,6 @@
 -- A lease ended without a rollout: park the prompt for its next attempt, bury it, or give it up.
+-- What may be refused comes first; a counter that cannot be raised stops nothing, or every repeat would
+-- bury the prompt once more.
 -- KEYS 1 prompts stream  2 delayed  3 parked  4 dead  5 tombstones  6 ledger  7 group  8 fence
 -- ARGV 1 consumer  2 entry  3 delay in ms (-1: no attempts left; -2: too stale)  4 record of this failure (one
 --      line of JSON)  5 task  6 position  7 failure kind
@@ -18,12 +20,12 @@ local function cut(fence, dead, ledger)
     local done = redis.pcall('XTRIM', dead, how, '~', bound)
     if type(done) == 'number' then gone = gone + done end
   end
-  if tonumber(bounds[1] or '0') > 0 then trim('MAXLEN', bounds[1]) end
-  if tonumber(bounds[2] or '0') > 0 then
+  if (tonumber(bounds[1] or '0') or 0) > 0 then trim('MAXLEN', bounds[1]) end
+  if (tonumber(bounds[2] or '0') or 0) > 0 then
     local now = redis.call('TIME')
     trim('MINID', string.format('%.0f', math.max(now[1] * 1000 + math.floor(now[2] / 1000) - bounds[2], 0)))
   end
-  if gone > 0 then redis.call('HINCRBY', ledger, 'letters:cut', gone) end
+  if gone > 0 then redis.pcall('HINCRBY', ledger, 'letters:cut', gone) end
 end
 local owner = holder(KEYS[1], ARGV[2])
 if not owner then return 0 end
@@ -46,7 +48,7 @@ if tonumber(ARGV[3]) >= 0 then
   for _, v in ipairs({f.g, f.i, tostring(f.a + 1), f.k, f.n, f.d, history}) do packed = packed .. #v .. ':' .. v end
   redis.call('HSET', KEYS[3], member, packed)
   redis.call('ZADD', KEYS[2], due, member)
-  redis.call('HINCRBY', KEYS[6], 'retried:' .. ARGV[7], 1)
+  redis.pcall('HINCRBY', KEYS[6], 'retried:' .. ARGV[7], 1)
   where = 'd'
 else
   local why = ARGV[3] == '-2' and 'stale' or 'dead'
@@ -57,15 +59,15 @@ else
   redis.call('XADD', KEYS[5], '*', 'g', f.g, 'i', f.i, 'n', f.n, 'k', f.k, 't', ARGV[5], 'p', ARGV[6],
     'r', why, 'e', ARGV[4])
   if why == 'dead' then
-    redis.call('HINCRBY', KEYS[6], 'dead', 1)
-    redis.call('HINCRBY', KEYS[6], 'dead:' .. ARGV[7], 1)
+    redis.pcall('HINCRBY', KEYS[6], 'dead', 1)
+    redis.pcall('HINCRBY', KEYS[6], 'dead:' .. ARGV[7], 1)
   else
-    redis.call('HINCRBY', KEYS[6], 'dropped:stale', 1)
+    redis.pcall('HINCRBY', KEYS[6], 'dropped:stale', 1)
   end
-  redis.call('HINCRBY', KEYS[6], 'settled:' .. f.k, 1)
+  redis.pcall('HINCRBY', KEYS[6], 'settled:' .. f.k, 1)
   where = 'x'
 end
-if redis.call('EXISTS', KEYS[7]) == 1 then redis.call('HSET', KEYS[7], f.i, where) end
+if redis.call('EXISTS', KEYS[7]) == 1 then redis.pcall('HSET', KEYS[7], f.i, where) end
 redis.call('XACK', KEYS[1], 'workers', ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
 return where == 'd' and 1 or 2

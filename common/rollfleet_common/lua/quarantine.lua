@@ -12,17 +12,17 @@ local function cut(fence, dead, ledger)
     local done = redis.pcall('XTRIM', dead, how, '~', bound)
     if type(done) == 'number' then gone = gone + done end
   end
-  if tonumber(bounds[1] or '0') > 0 then trim('MAXLEN', bounds[1]) end
-  if tonumber(bounds[2] or '0') > 0 then
+  if (tonumber(bounds[1] or '0') or 0) > 0 then trim('MAXLEN', bounds[1]) end
+  if (tonumber(bounds[2] or '0') or 0) > 0 then
     local now = redis.call('TIME')
     trim('MINID', string.format('%.0f', math.max(now[1] * 1000 + math.floor(now[2] / 1000) - bounds[2], 0)))
   end
-  if gone > 0 then redis.call('HINCRBY', ledger, 'letters:cut', gone) end
+  if gone > 0 then redis.pcall('HINCRBY', ledger, 'letters:cut', gone) end
 end
 local found = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
 if #found == 1 then
   redis.call('XADD', KEYS[2], '*', 'why', 'garbage', 'e', ARGV[3], 'from', KEYS[1], unpack(found[1][2], 1, math.min(#found[1][2], 2000)))
-  redis.call('HINCRBY', KEYS[3], 'garbage', 1)
+  redis.pcall('HINCRBY', KEYS[3], 'garbage', 1)
   cut(KEYS[4], KEYS[2], KEYS[3])
 end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])

@@ -11,16 +11,22 @@
 -- drop:   freed, counted by reason; the credit returns if it had not.
 -- While somebody records (the tap holds how long in ms), what is freed is told on `tapped`, and its
 -- payload stays for that long.
+local function number(raw, otherwise)
+  if not raw then return otherwise end
+  return #raw <= 16 and string.find(raw, '^%-?%d+$') and tonumber(raw) or nil
+end
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -2 end
 local verb, r, g, t = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local closing = string.sub(verb, 1, 6) == 'commit'
-local tap = verb ~= 'train' and redis.call('GET', KEYS[6])
+local tap = verb ~= 'train' and number(redis.call('GET', KEYS[6]))
+tap = tap and tap > 0 and tap <= 86400000 and tap
 local function free(entry, payload)
   local found = tap and redis.call('XRANGE', KEYS[3], entry, entry)[1]
   if found then
     for i = 1, #found[2], 2 do
       if found[2][i] == 'h' then
-        redis.call('XADD', KEYS[7], 'MAXLEN', '50000', '*', 'v', verb, 'h', found[2][i + 1])
+        -- A recording that cannot be added to does not stop the run.
+        redis.pcall('XADD', KEYS[7], 'MAXLEN', '50000', '*', 'v', verb, 'h', found[2][i + 1])
       end
     end
     redis.call('PEXPIRE', KEYS[7], tap)
