@@ -66,7 +66,7 @@ class Group:
     @property
     def oldest(self) -> int:
         """The oldest trained version of any sample: what the group is judged by."""
-        return min(member.oldest for member in self.members.values())
+        return min([member.oldest for member in self.members.values()])
 
     @property
     def newest(self) -> int:

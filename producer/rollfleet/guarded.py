@@ -92,9 +92,15 @@ class Guarded:
 
     def order(self, group: Group, current: int) -> tuple[float, ...]:
         """The policy's sort key: a tuple of numbers."""
-        what = f"order(group {group.name!r}, {current})"
-        key: Any = self._call(what, lambda: self.policy.order(group, current))
-        if not isinstance(key, tuple) or not all(_comparable(part) for part in key):
+        # Asked of every ready group whenever a batch is chosen: nothing is formatted unless it fails.
+        try:
+            key: Any = self.policy.order(group, current)
+        except RollfleetError:
+            raise
+        except Exception as exc:
+            raise self._raised(f"order(group {group.name!r}, {current})", exc) from exc
+        if not isinstance(key, tuple) or not all(map(_comparable, key)):
+            what = f"order(group {group.name!r}, {current})"
             raise self._nonsense(what, key, "a tuple of numbers, none of them NaN")
         return key
 
@@ -147,9 +153,10 @@ class Guarded:
         except RollfleetError:
             raise
         except Exception as exc:
-            raise PolicyError(
-                f"policy {self.name}: {what} raised {type(exc).__name__}: {exc}"
-            ) from exc
+            raise self._raised(what, exc) from exc
+
+    def _raised(self, what: str, exc: Exception) -> PolicyError:
+        return PolicyError(f"policy {self.name}: {what} raised {type(exc).__name__}: {exc}")
 
     def _check_reason(self, what: str, reason: object) -> None:
         if not isinstance(reason, str) or not REASON.fullmatch(reason):
@@ -207,7 +214,11 @@ def _whole(value: object) -> bool:
 
 
 def _comparable(value: object) -> bool:
-    return _whole(value) or (isinstance(value, float | np.floating) and not math.isnan(value))
+    return (
+        type(value) is int
+        or _whole(value)
+        or (isinstance(value, float | np.floating) and not math.isnan(value))
+    )
 
 
 def _fault(rollout: Rollout) -> str:
