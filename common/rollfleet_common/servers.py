@@ -249,7 +249,8 @@ def _server(url: str, text: bytes) -> Server:
         raise ValueError(f"{engine!r} is no engine")
     behind = raw.get("behind") or []
     if not isinstance(behind, list):
-        raise ValueError(f"behind is a {type(behind).__name__}, not a list of URLs")
+        why = f"behind is a {type(behind).__name__}, not a list of URLs"
+        raise ValueError(why)  # noqa: TRY004 - what a row holds, not what a caller passed
     return Server(
         url,
         engine,

@@ -420,8 +420,8 @@ class Consumer:
 
     async def drop(self, groups: Sequence[Group], reason: str) -> None:
         """Drop whole groups; their credit returns, though the caller may be cancelled meanwhile."""
-        # After a revival the same name may be a group of its own again: that one stays.
-        groups = [g for g in groups if self.ready.get(g.name, g) is g]
+        # After a revival the same name is a prompt that was sent again, and may be a group of its own.
+        groups = [g for g in groups if g.life == self.life and self.ready.get(g.name, g) is g]
         self.given_up |= {group.name for group in groups} & self.reserved
         sorted_out: dict[tuple[int, str], list[Group]] = {}
         for group in groups:
@@ -479,7 +479,7 @@ class Consumer:
     def reset(self) -> None:
         """Redis lost the run: forget what was read of it, but not what was handed over."""
         self.life += 1
-        self.groups = Groups(self.surplus)
+        self.groups = Groups(self.surplus, self.life)
         for place in (self.ready, self.evals, self.replay, self.over):
             place.clear()
         for entries in (*self._held, *self._tombs):

@@ -42,6 +42,8 @@ class Group:
     tombstones: dict[int, tuple[str, Tombstone]] = field(default_factory=dict)
     #: Of the n, those that were launched to be cancelled when the others are there.
     surplus: int = 0
+    #: How often Redis had lost the run when it was first seen.
+    life: int = 0
 
     @property
     def need(self) -> int:
@@ -82,10 +84,16 @@ class Group:
 class Groups:
     """The groups of one run that are not closed yet."""
 
-    def __init__(self, surplus: Callable[[int], int] = lambda n: 0) -> None:  # noqa: ARG005 - the signature's
+    def __init__(
+        self,
+        surplus: Callable[[int], int] = lambda n: 0,  # noqa: ARG005 - the signature's
+        life: int = 0,
+    ) -> None:
         self.open: dict[str, Group] = {}
         #: Members of a group of n that were launched to be cancelled when the others are there.
         self.surplus = surplus
+        #: How often Redis has lost the run.
+        self.life = life
         self._seq = 0
 
     def arrive(self, partition: int, member: Member) -> tuple[Group | None, bool]:
@@ -121,6 +129,7 @@ class Groups:
             self._seq += 1
             group = self.open[name] = Group(name, n, kind, task, partition, self._seq)
             group.surplus = self.surplus(n) if kind is Kind.TRAIN else 0
+            group.life = self.life
         return group
 
     def _close(self, group: Group) -> Group | None:

@@ -213,6 +213,22 @@ async def test_a_run_lost_during_a_sweep_leaves_no_ghost(redis_url: str) -> None
         assert Kind.TRAIN in {claim.prompt.kind for claim in await hand.claim()}
 
 
+async def test_a_group_of_a_run_that_was_lost_is_not_dropped_in_the_next_one(
+    redis_url: str,
+) -> None:
+    """Its name is a prompt that was submitted again: nothing of it may be settled or forgotten."""
+    async with by_hand(redis_url, "dropped-late", samples_per_version=16) as hand:
+        fleet = hand.fleet
+        (name,) = await hand.groups(1)
+        old = fleet.consumer.ready[name]
+        await hand.client.flushall()
+        assert await fleet.line.revive()
+        await fleet.consumer.drop([old], "lost")
+        assert set(fleet.submitter.out) == {name}
+        assert len(await hand.claim()) == 4
+        assert (await hand.balanced()).dropped == {}
+
+
 # ---- an opening that is interrupted ------------------------------------------------------------
 
 
