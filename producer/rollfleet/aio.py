@@ -94,6 +94,7 @@ class AsyncFleet:
             if policy is None
             else Guarded(policy)
         )
+        self.line = Line(self._revive)
         self.meter = BiasMeter(clock=lambda: self.line.clock.now_ms() / 1000)
         self.pacer = Pacer(
             settings.depth, settings.samples_per_version, tallied=settings.partitions == 1
@@ -118,7 +119,6 @@ class AsyncFleet:
         #: Decodes and collates, so that the loop goes on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollfleet-load")
         self._background = Background(self._wake)
-        self.line = Line(self._revive)
         #: Prompts of the groups that are out, oldest first.
         self._out: dict[str, Prompt] = {}
         #: Batch by group of what an earlier trainer owes.

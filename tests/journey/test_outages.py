@@ -263,11 +263,11 @@ async def test_what_is_owed_keeps_its_order_if_an_opening_is_repeated(
     plan = Board.plan
     failed = []
 
-    async def away(self: Board, token: str, batch: int, packed: bytes | None) -> None:
+    async def away(self: Board, token: str, batch: int, packed: bytes | None, **said: bool) -> None:
         if batch == 2 and not failed:
             failed.append(batch)
             raise RedisConnectionError("reset")
-        await plan(self, token, batch, packed)
+        await plan(self, token, batch, packed, **said)
 
     async with half_done(redis_url, "twice") as (heir, names):
         monkeypatch.setattr(Board, "plan", away)
