@@ -6,7 +6,7 @@ from fixtures.rig import SHAPE, TOKEN, Rig
 from fixtures.tcp_proxy import TcpProxy
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from rollfleet_common.board import Board, Seized, Shape
+from rollfleet_common.board import Board, Claimed, Seized, Shape
 from rollfleet_common.errors import SupersededError
 from rollfleet_common.messages import PolicyVersion
 from rollfleet_common.redis import connect
@@ -160,3 +160,18 @@ async def test_plans_stand_until_they_are_forgotten(board: Board):
 def test_the_shape_of_a_newer_release_can_be_read():
     text = SHAPE.dumps().replace("{", '{"unheard_of": 1, ', 1)
     assert Shape.loads(text) == SHAPE
+
+
+async def test_a_claim_shuts_the_last_trainer_out_and_moves_nothing_else(rig: Rig, board: Board):
+    await board.plan(TOKEN, 3, b"plan", committed=True)
+    await board.plan(TOKEN, 2, b"plan", committed=True)
+    before = await rig.client.hgetall(rig.keys.board)
+    refused = await board.claim("trainer-2", 9000, "you", take_over=False)
+    assert (refused.ok, refused.holder) == (False, TOKEN)
+    assert await rig.client.hgetall(rig.keys.board) == before
+    for _ in range(2):  # a repeat only renews
+        assert await board.claim("trainer-2", 9000, "you", take_over=True) == Claimed(True, 3)
+    after = await rig.client.hgetall(rig.keys.board)
+    assert after == before | {b"token": b"trainer-2", b"who": b"you"}
+    with pytest.raises(SupersededError):
+        await board.plan(TOKEN, 4, b"plan", committed=True)

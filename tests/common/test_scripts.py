@@ -21,7 +21,19 @@ from rollfleet_common.streams import Delivered, Garbage, Streams, Submission, Su
 TEXTS = scripts.script_texts()
 #: Those that free or steer.
 ALLOW_OOM = {
-    *("adopt", "advance", "cancel", "hold", "ledger", "open", "plan", "publish", "reap", "refit"),
+    *(
+        "adopt",
+        "advance",
+        "cancel",
+        "claim",
+        "hold",
+        "ledger",
+        "open",
+        "plan",
+        "publish",
+        "reap",
+        "refit",
+    ),
     *("release", "renew", "seize", "settle", "untrain"),
 }
 
