@@ -140,7 +140,7 @@ def _culprit(fields: Mapping[str, Any]) -> str:
     for name, value in fields.items():
         for key, part in value.items() if isinstance(value, Mapping) else ((None, value),):
             try:
-                _plain(msgpack.packb({key: part}))
+                _plain(cast(bytes, msgpack.packb({key: part})))
             except _UNENCODABLE:
                 where = name if key is None else f"{name}[{key!r}]"
                 return f"field {where} ({type(part).__name__}) cannot be encoded: "
