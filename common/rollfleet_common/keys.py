@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from rollfleet_common import schemas
 from rollfleet_common.errors import SettingsError
 
-__all__ = ["PartitionKeys", "RunKeys", "check_name", "partition_of", "route_names"]
+__all__ = ["LAST_ID", "PartitionKeys", "RunKeys", "check_name", "partition_of", "route_names"]
+
+#: The highest id that an entry of a stream can have: after it nothing can be added.
+LAST_ID = "18446744073709551615-18446744073709551615"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 

@@ -13,9 +13,13 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from rollfleet_common.text import printable
+
 __all__ = ["Log", "configure_logs", "get_logger"]
 
 ROOT = "rollfleet"
+#: Characters of one value that are logged: a traceback may be long.
+LONGEST = 50_000
 
 
 class Log:
@@ -94,6 +98,10 @@ class _Formatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
+        # No text of a server, a prompt or an exception reaches a terminal with escape sequences in it.
+        for key, value in line.items():
+            if isinstance(value, str):
+                line[key] = printable(value, LONGEST, lines=True)
         text = self._render(None, record.levelname.lower(), line)
         return text if isinstance(text, str) else text.decode()
 

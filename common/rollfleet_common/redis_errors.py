@@ -168,7 +168,7 @@ def translate(exc: BaseException, url: str = "") -> RollfleetError:
         error = BrokerUnavailableError(
             f"{where} refused to add to a stream ({said}): an entry with an absurdly high id was "
             "written to it, and nothing can be added after that one. `rollfleet doctor` names the "
-            "stream and the commands that put it right"
+            "stream, `rollfleet mend` puts it right"
         )
     elif is_transient(exc):
         error = BrokerUnavailableError(f"{where} is not available ({said})")

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from redis.exceptions import WatchError
 from yarl import URL
 
 from rollfleet_common.errors import SettingsError, SupersededError
@@ -27,10 +26,9 @@ from rollfleet_common.text import I31, json_int, parse_json
 
 __all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_name", "server_url"]
 
-_REFIT = load("refit")
+_REFIT, _REGISTER = load("refit"), load("register")
 _URL = re.compile(r"https?://(?:[^/\s?#@]*@)?[^/\s?#@]+(/[^\s?#]*)?", re.IGNORECASE)
 _END = re.compile(r"(/|/v1)+$")
-_NEWS = 64
 #: What a server may run.
 ENGINES = ("auto", "vllm", "sglang", "openai")
 
@@ -149,33 +147,31 @@ class Servers:
 
     async def remove(self, url: str) -> bool:
         """Forget `url`; False if it was not registered."""
-        pipe = self.client.pipeline()
-        pipe.hdel(self.keys.servers, url)
-        pipe.xadd(self.keys.news, {"servers": 1}, maxlen=_NEWS, approximate=False)
-        return bool((await pipe.execute())[0])
+        while raw := await self.client.hget(self.keys.servers, url):
+            if await self._replace(url, raw, b""):
+                return True
+        return False
 
     async def _change(self, url: str, change: Any) -> Server | None:
         """Replace the row of `url` by what `change` makes of it; returns what it was."""
         while True:
-            async with self.client.pipeline() as pipe:
-                await pipe.watch(self.keys.servers)
-                raw = await pipe.hget(self.keys.servers, url)
-                old = None if raw is None else _server(url, raw)
-                new = change(old)
-                if new is None:
-                    return old
-                pipe.multi()
-                row: dict[str, Any] = {"engine": new.engine, "draining": new.draining}
-                row |= {"added_ms": new.added_ms}
-                if new.behind:
-                    row["behind"] = list(new.behind)
-                pipe.hset(self.keys.servers, url, json.dumps(row))
-                pipe.xadd(self.keys.news, {"servers": 1}, maxlen=_NEWS, approximate=False)
-                try:
-                    await pipe.execute()
-                except WatchError:
-                    continue  # another operator was faster: look again
+            raw = await self.client.hget(self.keys.servers, url)
+            old = _rows({url.encode(): raw or b""}, _server).get(url)
+            new = change(old)
+            if new is None:
                 return old
+            row: dict[str, Any] = {"engine": new.engine, "draining": new.draining}
+            row |= {"added_ms": new.added_ms}
+            if new.behind:
+                row["behind"] = list(new.behind)
+            if await self._replace(url, raw or b"", json.dumps(row).encode()):
+                return old
+            # Another operator was faster: look again.
+
+    async def _replace(self, url: str, seen: bytes, row: bytes) -> bool:
+        """Write `row` if the one of `url` is still what was `seen`; an empty one is none."""
+        keys = [self.keys.servers, self.keys.news]
+        return bool(int(await _REGISTER(self.client, keys, [url, seen, row])))
 
     # ---- the trainer -------------------------------------------------------------------------
 

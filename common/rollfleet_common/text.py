@@ -9,7 +9,8 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 from rollfleet_common.errors import CodecError
 
@@ -17,6 +18,7 @@ __all__ = [
     "I31",
     "I63",
     "broken",
+    "cleaned",
     "decoded",
     "json_int",
     "json_safe",
@@ -25,6 +27,8 @@ __all__ = [
     "state_int",
     "whole",
 ]
+
+T = TypeVar("T")
 
 #: Largest values of 32-bit and 64-bit signed integers: the range of counts, and of ids and times.
 I31, I63 = 2**31 - 1, 2**63 - 1
@@ -134,6 +138,27 @@ def _escaped(found: "re.Match[str]") -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def cleaned(thing: T) -> T:
+    """A dataclass, list, tuple or mapping of them with every text in it :func:`printable`.
+
+    What is none of these stays as it is.
+    """
+    return _cleaned(thing)  # type: ignore[no-any-return]
+
+
+def _cleaned(thing: Any) -> Any:
+    if type(thing) is str:
+        return printable(thing)
+    if isinstance(thing, list | tuple):
+        return type(thing)(_cleaned(each) for each in thing)
+    if isinstance(thing, Mapping):
+        return {_cleaned(key): _cleaned(value) for key, value in thing.items()}
+    if is_dataclass(thing) and not isinstance(thing, type):
+        changed = {f.name: _cleaned(getattr(thing, f.name)) for f in fields(thing) if f.init}
+        return replace(thing, **changed)
+    return thing
 
 
 def json_safe(tree: Any, depth: int = DEPTH) -> Any:

@@ -17,7 +17,17 @@ from typer.core import TyperCommand, TyperGroup
 from rollfleet_common.errors import RollfleetError, SettingsError
 from rollfleet_console.dead_commands import dead
 from rollfleet_console.doctor_command import doctor
-from rollfleet_console.reach import Config, Json, RedisUrl, Run, ask, print_json, settings_of, show
+from rollfleet_console.reach import (
+    Config,
+    Json,
+    RedisUrl,
+    Run,
+    ask,
+    print_json,
+    settings_of,
+    show,
+    tell,
+)
 from rollfleet_console.server_commands import server
 from rollfleet_console.simulate.command import simulate
 
@@ -34,7 +44,7 @@ class _Root(TyperGroup):
         try:
             return super().invoke(ctx)
         except RollfleetError as exc:
-            typer.echo(f"rollfleet: {exc}", err=True)
+            tell(f"rollfleet: {exc}", err=True)
             raise typer.Exit(2) from exc
 
 
@@ -118,7 +128,7 @@ def _check(settings: Any) -> int:
             typer.echo("ready")
             return 0
     except urllib.error.HTTPError as exc:
-        typer.echo(f"not ready: {exc.read(200).decode('utf-8', 'replace').strip() or exc}")
+        tell(f"not ready: {exc.read(200).decode('utf-8', 'replace').strip() or exc}")
     except OSError as exc:
         typer.echo(f"not ready: {url} does not answer ({getattr(exc, 'reason', exc)})")
     return 1
@@ -154,6 +164,22 @@ def status(
     from rollfleet_console.status import render  # noqa: PLC0415  # heavy
 
     show(render(snapshot))
+
+
+@app.command()
+def mend(redis_url: RedisUrl = None, run: Run = None, config: Config = None) -> None:
+    """Make streams take entries again that were given the highest id there is; doctor names them.
+
+    Needs an administrator's URL. Nothing that is in them is lost.
+    """
+    settings = settings_of(redis_url, run, config)
+    from rollfleet_console.doctor_streams import mend as mended  # noqa: PLC0415  # heavy
+
+    streams = ask(settings, mended)
+    for name, kept in streams:
+        tell(f"{name}: built anew, {kept:,} entries kept")
+    if not streams:
+        tell("no stream needs mending")
 
 
 # ---- demo, version -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from rollfleet_common.errors import RollfleetError, SettingsError, SupersededErr
 from rollfleet_common.keys import RunKeys, check_name, partition_of
 from rollfleet_common.messages import Prompt
 from rollfleet_common.streams import Streams, Submission, Submitted
+from rollfleet_common.text import cleaned, decoded, json_safe, parse_json, printable
 from rollfleet_console.reasons import ago
 
 __all__ = [
@@ -134,7 +135,7 @@ async def _now_ms(client: Any) -> int:
 
 
 def _letter(partition: int, entry: str, fields: Mapping[bytes, bytes], now_ms: int) -> DeadLetter:
-    text = {k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in fields.items()}
+    text = {decoded(k): decoded(v) for k, v in fields.items()}
     # What was quarantined came from no attempt: its text is a sentence.
     history = () if text.get("why") == "garbage" else tuple(_records(text.get("e", "")))
     prompt, detail = None, str(history[-1].get("detail", "")) if history else text.get("e", "")
@@ -163,7 +164,7 @@ def _records(lines: str) -> Iterable[Mapping[str, Any]]:
     """The history, one JSON object a line; a line of anything else is kept as it is."""
     for line in lines.splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             record = None
         yield record if isinstance(record, dict) else {"detail": line}
@@ -250,7 +251,8 @@ def _matches(letter: DeadLetter, why: str | None, older_than_s: float | None) ->
 
 def to_json(letter: DeadLetter, *, whole: bool) -> dict[str, Any]:
     """A letter in types that JSON knows; `whole` adds the prompt and the history."""
-    tree = {"id": letter.id} | asdict(replace(letter, prompt=None))
+    tree = {"id": letter.id} | asdict(replace(letter, prompt=None, history=()))
+    tree["history"] = letter.history
     del tree["prompt"]
     if not whole:
         del tree["history"]
@@ -258,18 +260,9 @@ def to_json(letter: DeadLetter, *, whole: bool) -> dict[str, Any]:
     tree["prompt"] = None
     if (prompt := letter.prompt) is not None:
         fields = asdict(replace(prompt, data={}, sampling={}))
-        fields |= {"data": _plain(prompt.data), "sampling": _plain(prompt.sampling)}
+        fields |= {"data": json_safe(prompt.data), "sampling": json_safe(prompt.sampling)}
         tree["prompt"] = fields | {"token_ids": prompt.token_ids.tolist()}
     return tree
-
-
-def _plain(value: Any) -> Any:
-    """What msgpack holds, as JSON: bytes in hex, keys as text."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value.hex() if isinstance(value, bytes) else value
 
 
 def render_list(letters: list[DeadLetter]) -> RenderableType:
@@ -280,36 +273,39 @@ def render_list(letters: list[DeadLetter]) -> RenderableType:
     for name in ("id", "why", "attempts", "kind", "age"):
         table.add_column(name, no_wrap=True, justify="right" if name == "attempts" else "left")
     table.add_column("group, and what was wrong last", overflow="fold")
-    for x in letters:
+    for x in cleaned([replace(letter, prompt=None) for letter in letters]):
         what = Text(f"{x.group} #{x.index}\n" if x.group else "")
         what.append(x.detail, style="dim")
-        table.add_row(x.id, x.why, str(x.attempts or "-"), x.kind or "-", ago(x.age_s), what)
+        table.add_row(
+            x.id, Text(x.why), str(x.attempts or "-"), Text(x.kind or "-"), ago(x.age_s), what
+        )
     return table
 
 
 def render_letter(letter: DeadLetter) -> RenderableType:
     """One letter: its prompt and the history of its attempts."""
+    prompt, letter = letter.prompt, cleaned(replace(letter, prompt=None))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("id", letter.id)
     grid.add_row("why", Text(f"{letter.why}, {ago(letter.age_s)} ago", style="red"))
-    if (p := letter.prompt) is None:
+    if (p := prompt) is None:
         grid.add_row("prompt", Text(f"cannot be read: {letter.detail}"))
     else:
         tokens = p.token_ids.tolist()
         more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
-        grid.add_row("group", Text(f"{p.group}, index {letter.index} of {p.n}"))
-        grid.add_row("kind", Text(f"{p.kind.value}, route {p.route}, task {p.task}"))
+        grid.add_row("group", Text(f"{printable(p.group)}, index {letter.index} of {p.n}"))
+        grid.add_row("kind", Text(printable(f"{p.kind.value}, route {p.route}, task {p.task}")))
         grid.add_row("position", str(p.position) if p.position >= 0 else "-")
         grid.add_row("tokens", Text(f"{len(tokens)}: {tokens[:SHOWN_TOKENS]}{more}"))
-        grid.add_row("data", Text(json.dumps(_plain(p.data), ensure_ascii=False)))
+        grid.add_row("data", Text(printable(json.dumps(json_safe(p.data), ensure_ascii=False))))
         if p.sampling:
-            grid.add_row("sampling", Text(json.dumps(_plain(p.sampling))))
+            grid.add_row("sampling", Text(printable(json.dumps(json_safe(p.sampling)))))
     history: list[RenderableType] = []
     for record in letter.history:
         at = f"attempt {record.get('attempt', '?')}: {record.get('kind', '?')}"
         where = f" on {record['worker']}" if record.get("worker") else ""
-        history.append(Text(f"{at}{where}", style="bold"))
-        history.append(Text(f"  {record.get('detail', '')}"))
+        history.append(Text(printable(f"{at}{where}"), style="bold"))
+        history.append(Text(printable(f"  {record.get('detail', '')}")))
     return Group(grid, "", *history)

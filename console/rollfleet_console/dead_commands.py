@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rollfleet_common.errors import SettingsError
-from rollfleet_console.reach import Config, Json, RedisUrl, Run, ask, print_json, settings_of, show
+from rollfleet_console.reach import (
+    Config,
+    Json,
+    RedisUrl,
+    Run,
+    ask,
+    print_json,
+    settings_of,
+    show,
+    tell,
+)
 
 if TYPE_CHECKING:
     from rollfleet_console.dead import DeadLetter
@@ -101,7 +111,7 @@ def dead_retry(
             new = await d.retry(client, name, letter)
             retried += 1
             said = f"submitted again as group {letter.retry_group}" if new else "was known already"
-            typer.echo(f"{letter.id}: {said}")
+            tell(f"{letter.id}: {said}")
         return len(letters), retried, refused
 
     total, retried, refused = ask(settings, again)

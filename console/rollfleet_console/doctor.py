@@ -1,6 +1,6 @@
 """`rollfleet doctor`: is this run well, and if not, what to do; safe on a live one.
 
-- Reads only, in pages. What the life of the run may mimic is read twice, and told if it stays.
+- Reads only, in pages, and no more of them for a larger backlog. What the life of the run may mimic is read twice, and told if it stays.
 - A check that may not be made, for want of rights, is told as such; the others are made.
 - Exit code: 0 well, 1 warnings, 2 errors, 3 Redis cannot be reached or refuses us.
 """
@@ -11,9 +11,11 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
+from rollfleet_common.errors import CodecError
 from rollfleet_common.keys import RunKeys, check_name
 from rollfleet_common.redis_errors import error_code, is_transient
-from rollfleet_console import doctor_fleet, doctor_run, doctor_server
+from rollfleet_common.text import cleaned
+from rollfleet_console import doctor_fleet, doctor_run, doctor_server, doctor_streams
 from rollfleet_console.findings import Finding, Report, Severity, render
 from rollfleet_console.snapshot import take
 
@@ -48,6 +50,9 @@ async def examine(
     async def made(check: str, call: Callable[[], Awaitable[list[Finding]]]) -> None:
         try:
             found.extend(await call())
+        except CodecError as exc:
+            fix = "the field was written by hand, or by something that is not rollfleet"
+            found.append(Finding(Severity.ERROR, check, str(exc), fix=fix))
         except ResponseError as exc:
             if is_transient(exc) or error_code(exc) == "NOAUTH":
                 raise
@@ -60,7 +65,7 @@ async def examine(
     found += [*clocks, *doctor_server.library()]
     await made("fleet", lambda: _fleet(client, run, keys, lease_s, now_s))
     await made("books", lambda: _twice(client, keys, run, pause_s))
-    return Report(run, tuple(found))
+    return cleaned(Report(run, tuple(found)))
 
 
 async def _fleet(
@@ -76,6 +81,7 @@ async def _fleet(
         *await doctor_fleet.leases(client, partitions, s, lease_s),
         *await doctor_fleet.backlog(client, partitions, s, now_s),
         *await doctor_fleet.letters(client, partitions, s),
+        *await doctor_streams.run_away(client, keys, partitions, now_s),
         *doctor_fleet.versions(s),
     ]
 

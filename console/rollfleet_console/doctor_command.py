@@ -5,7 +5,17 @@ from typing import Annotated
 import typer
 
 from rollfleet_common.errors import BrokerError
-from rollfleet_console.reach import Config, Json, RedisUrl, Run, ask, print_json, settings_of, show
+from rollfleet_console.reach import (
+    Config,
+    Json,
+    RedisUrl,
+    Run,
+    ask,
+    print_json,
+    settings_of,
+    show,
+    tell,
+)
 
 __all__ = ["doctor"]
 
@@ -31,7 +41,7 @@ def doctor(
     try:
         report = ask(settings, lambda client, name: d.examine(client, name, lease_s=lease_s))
     except BrokerError as exc:
-        typer.echo(f"rollfleet: {exc}", err=True)
+        tell(f"rollfleet: {exc}", err=True)
         raise typer.Exit(d.UNREACHABLE) from exc
     if as_json:
         print_json(report.to_json())

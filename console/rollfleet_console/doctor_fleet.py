@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 from rollfleet.causes import future
 from rollfleet.watch import newest_failure
 from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.text import decoded, printable
 from rollfleet_console.doctor_server import CLOCK_SLACK_S
 from rollfleet_console.findings import Finding, Severity, some
 from rollfleet_console.reasons import ago
@@ -39,8 +40,8 @@ OVERDUE_LEASES = 2.0
 #: Leases that are counted; what matters is that there are some.
 COUNTED = 1000
 PAGE = 50
-#: Dead letters that are counted by reason.
-LETTERS = 5000
+#: Dead letters of a partition that are counted by reason, the newest; each may hold a megabyte.
+LETTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ async def consumers(client: Any, partitions: Sequence[PartitionKeys]) -> list[Co
     known: dict[str, Consumer] = {}
     for k in partitions:
         for raw in await client.smembers(k.routes):
-            for row in await _ask(client.xinfo_consumers(k.prompts(_text(raw)), "workers")):
-                name, idle_s = _text(row["name"]), int(row["idle"]) / 1000
+            for row in await _ask(client.xinfo_consumers(k.prompts(decoded(raw)), "workers")):
+                name, idle_s = printable(decoded(row["name"])), int(row["idle"]) / 1000
                 before = known.get(name, Consumer(name, 0, idle_s))
                 pending = before.pending + int(row["pending"])
                 known[name] = Consumer(name, pending, min(before.idle_s, idle_s))
@@ -117,8 +118,8 @@ async def backlog(
                 fix = "Redis was flushed or restarted empty: end the trainer and open the run anew"
                 found.append(Finding(Severity.ERROR, "intake", lost, stream, fix))
                 continue
-            unread = await client.xrange(stream, f"({_text(group['last-delivered-id'])}", count=1)
-            age_s = now_s - int(_text(unread[0][0]).partition("-")[0]) / 1000 if unread else 0.0
+            unread = await client.xrange(stream, f"({decoded(group['last-delivered-id'])}", count=1)
+            age_s = now_s - int(decoded(unread[0][0]).partition("-")[0]) / 1000 if unread else 0.0
             if s.trainer and age_s > TAKEN_IN_S:
                 late = f"{what} wait to be read, the oldest for {ago(age_s)}, while a trainer "
                 late += "holds the run"
@@ -146,13 +147,18 @@ def versions(s: Snapshot) -> list[Finding]:
 async def letters(client: Any, partitions: Sequence[PartitionKeys], s: Snapshot) -> list[Finding]:
     """Dead letters and garbage, by what ended them, with the newest error."""
     reasons: Counter[str] = Counter()
+    total = 0
     for k in partitions:
-        after, seen = "-", 0
-        while seen < LETTERS and (rows := await client.xrange(k.dead, min=after, count=PAGE)):
-            reasons.update(_text(fields.get(b"why", b"?")) for _, fields in rows)
-            after, seen = f"({_text(rows[-1][0])}", seen + len(rows)
+        total += await client.xlen(k.dead)
+        before, seen = "+", 0
+        while seen < LETTERS and (rows := await client.xrevrange(k.dead, max=before, count=PAGE)):
+            reasons.update(decoded(fields.get(b"why", b"?"))[:60] for _, fields in rows)
+            before, seen = f"({decoded(rows[-1][0])}", seen + len(rows)
+            if before == "(0-0":
+                break
     if not reasons:
         return [Finding(Severity.OK, "letters", "no dead letters")]
+    of = f"{total:,}, of the newest" if total > reasons.total() else ""
     counted = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
     if cut := s.books.counters.get("letters:cut", 0):
         counted += f"; {cut:,} older ones were cut"
@@ -164,7 +170,11 @@ async def letters(client: Any, partitions: Sequence[PartitionKeys], s: Snapshot)
         fix += "min_group_size to train on groups that lack a sample"
     if reasons["garbage"]:
         fix += ". Garbage was written by something that is not this release of rollfleet"
-    return [Finding(Severity.WARNING, "letters", f"dead letters: {counted}", fix=fix)]
+    return [
+        Finding(
+            Severity.WARNING, "letters", f"dead letters: {of + ' ' if of else ''}{counted}", fix=fix
+        )
+    ]
 
 
 # ---- workers -------------------------------------------------------------------------------------
@@ -260,7 +270,7 @@ async def leases(
     served = {route.name: route.served_by for route in s.routes}
     for k in partitions:
         for raw in sorted(await client.smembers(k.routes)):
-            route = _text(raw)
+            route = decoded(raw)
             rows = await _ask(
                 client.xpending_range(
                     k.prompts(route), "workers", min="-", max="+", count=COUNTED, idle=overdue_ms
@@ -310,11 +320,7 @@ async def overdue(
     late: dict[str, float] = {}
     for k in partitions:
         for raw in await client.smembers(k.routes):
-            route = _text(raw)
+            route = decoded(raw)
             for _, due_ms in await client.zrange(k.delayed(route), 0, 0, withscores=True):
                 late[route] = max(late.get(route, 0.0), now_s - float(due_ms) / 1000)
     return late
-
-
-def _text(raw: Any) -> str:
-    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)

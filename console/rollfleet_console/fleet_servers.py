@@ -7,7 +7,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,8 @@ __all__ = ["gather", "render_servers"]
 
 #: Servers that are shown one by one.
 SHOWN = 32
+#: Columns from which a reason stands beside its server.
+WIDE = 120
 
 
 def gather(
@@ -63,16 +65,36 @@ def _why(row: ServerWeights | None, said: list[str]) -> str:
 
 
 def render_servers(servers: tuple[FleetServer, ...]) -> RenderableType:
-    """A table, for a terminal."""
+    """A table; where it is narrow, each reason has a line of its own below it."""
     if not servers:
         return Text("no inference server is known", style="dim")
+    return _ByWidth(servers)
+
+
+class _ByWidth:
+    """Servers, laid out for the width at which they are drawn."""
+
+    def __init__(self, servers: tuple[FleetServer, ...]) -> None:
+        self.servers = servers
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= WIDE
+        yield _table(self.servers, why=wide)
+        if not wide:
+            for s in self.servers[:SHOWN]:
+                if s.why:
+                    yield Text(f"{s.name}: {s.why}", style="yellow")
+
+
+def _table(servers: tuple[FleetServer, ...], *, why: bool) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("server", overflow="fold")
     table.add_column("workers see it")
     table.add_column("trainer")
     for name in ("version", "in flight", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
+    if why:
+        table.add_column("why", overflow="fold")
     for s in servers[:SHOWN]:
         bad = not s.draining and bool(s.states) and not s.states.get("serving")
         table.add_row(
@@ -82,7 +104,7 @@ def render_servers(servers: tuple[FleetServer, ...]) -> RenderableType:
             _version(s),
             f"{s.in_flight:,}",
             f"{s.limit:,}",
-            escape(s.why),
+            *([escape(s.why)] if why else []),
         )
     if len(servers) > SHOWN:
         table.add_row(Text(f"{len(servers) - SHOWN} more", style="dim"))

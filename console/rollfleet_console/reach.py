@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,9 +18,12 @@ from rollfleet_common.errors import SettingsError
 if TYPE_CHECKING:
     from rollfleet_common.settings import Settings
 
-__all__ = ["Config", "Json", "RedisUrl", "Run", "ask", "print_json", "settings_of", "show"]
+__all__ = ["Config", "Json", "RedisUrl", "Run", "ask", "print_json", "settings_of", "show", "tell"]
 
 T = TypeVar("T")
+
+#: Columns of what is not wrapped.
+UNWRAPPED = 10_000
 
 RedisUrl = Annotated[
     str | None, typer.Option(help="Where Redis is; also ROLLFLEET_REDIS_URL.", metavar="URL")
@@ -80,11 +84,38 @@ def ask(settings: "Settings", call: Callable[[Any, str], Awaitable[T]]) -> T:
 
 def print_json(tree: Any) -> None:
     """For programs."""
-    typer.echo(json.dumps(tree, indent=2, ensure_ascii=False))
+    from rollfleet_common.text import json_safe  # noqa: PLC0415  # heavy
+
+    typer.echo(json.dumps(json_safe(tree), indent=2, ensure_ascii=False))
 
 
 def show(what: Any) -> None:
-    """For people: anything that rich can draw."""
-    from rich.console import Console  # noqa: PLC0415  # heavy
+    """For people: anything that rich can draw, as wide as the terminal.
 
-    Console(highlight=False).print(what)
+    What goes into a file or a pipe is not wrapped, unless COLUMNS says how wide it should be.
+    """
+    from rich.console import Console  # noqa: PLC0415  # heavy
+    from rich.segment import Segment, Segments  # noqa: PLC0415  # heavy
+
+    from rollfleet_common.text import printable  # noqa: PLC0415  # heavy
+
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=UNWRAPPED)
+    # Names and reasons were made printable before they were laid out; this holds for all the rest.
+    drawn = [
+        segment if segment.control else Segment(_kept(segment.text, printable), segment.style)
+        for segment in console.render(what)
+    ]
+    console.print(Segments(drawn), end="", soft_wrap=True)
+
+
+def _kept(text: str, printable: Callable[..., str]) -> str:
+    return printable(text, len(text), lines=True)
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """One line for people, made safe for a terminal."""
+    from rollfleet_common.text import printable  # noqa: PLC0415  # heavy
+
+    typer.echo(printable(text, lines=True), err=err)

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
 
 from rollfleet_common.board import Board
 from rollfleet_common.errors import SettingsError, WireError
 from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
 from rollfleet_common.recording import Row, Writer
+from rollfleet_common.scripts import load
 from rollfleet_common.tasks import cancel_all
 
 __all__ = ["Tally", "record", "run_recording"]
 
+_TOLD = load("told")
 #: How long what was freed stays to be recorded; a tap stands a third of it, renewed four times.
 KEEP_MS = 60_000
 BLOCK_MS = 500
@@ -200,7 +201,7 @@ class _Taps:
             if holder is None:
                 self.tally.lapses += 1
                 await self.claim()
-            elif holder.decode() != self.token:
+            elif holder != self.token.encode():
                 raise SettingsError(
                     f"another recorder of run {self.run!r} has come while this one was frozen or "
                     "Redis was away"
@@ -221,7 +222,7 @@ class _Taps:
     async def leave(self) -> None:
         """Leave nothing behind, unless it is another's by now."""
         holder = await self.client.get(self.name)
-        if holder is not None and holder.decode() == self.token:
+        if holder == self.token.encode():
             for part in self.parts:
                 await self.client.unlink(part.tap, part.tapped)
             await self.client.unlink(self.name)
@@ -283,17 +284,10 @@ class _Reading:
         await self.client.xread(streams, count=1, block=BLOCK_MS)
 
     async def _entries(self, told: _Told) -> list[Any]:
-        async with self.client.pipeline(transaction=True) as pipe:
-            pipe.xrange(told.keys.tapped, min=f"({told.last}", count=COUNT)
-            pipe.xinfo_stream(told.keys.tapped)
-            entries, info = await pipe.execute(raise_on_error=False)
-        for answer in (entries, info):
-            # Without a stream there is nothing to be told of it.
-            if isinstance(answer, RedisError) and not _no_key(answer):
-                raise answer
-        there = isinstance(info, dict)
-        told.look(info["entries-added"] if there else 0, info["length"] if there else 0)
-        return list(entries)
+        keys = told.keys
+        entries, added, length = await _TOLD(self.client, [keys.tapped], [told.last, COUNT])
+        told.look(int(added), int(length))
+        return [(entry, dict(zip(flat[::2], flat[1::2], strict=True))) for entry, flat in entries]
 
     async def _write(self, told: _Told, entries: list[Any]) -> None:
         keys = told.keys
@@ -322,10 +316,6 @@ class _Reading:
         if wanted:
             await self.client.unlink(*wanted)
         await self.client.xdel(keys.tapped, *(entry for entry, _ in entries))
-
-
-def _no_key(error: RedisError) -> bool:
-    return isinstance(error, ResponseError) and "no such key" in str(error)
 
 
 async def run_recording(

@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rollfleet_common.board import Board
-from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
+from rollfleet_common.keys import PartitionKeys, RunKeys, check_name, route_names
 from rollfleet_common.ledger import read_books
 from rollfleet_common.schemas import Schemas
+from rollfleet_common.scripts import load
 from rollfleet_common.servers import Servers
-from rollfleet_common.text import json_int, parse_json
+from rollfleet_common.text import cleaned, decoded, json_int, parse_json
 from rollfleet_console.fleet_servers import gather
 from rollfleet_console.reasons import explain
 from rollfleet_console.views import LOST_AFTER_S, Route, Server, Snapshot, WorkerCard
 
 __all__ = ["Snapshot", "take"]
+
+_ROUTE = load("route")
 
 
 async def take(client: Any, run: str) -> Snapshot:
@@ -35,7 +38,7 @@ async def take(client: Any, run: str) -> Snapshot:
     board = Board(client, keys)
     policy, shape = await board.read() or (None, None)
     warnings = await board.warnings()
-    who = (await client.hget(keys.board, "who") or b"").decode("utf-8", "replace")
+    who = decoded(await client.hget(keys.board, "who") or b"")
     left_ms = int(await client.pttl(keys.trainer))
     partitions = [keys.partition(p) for p in range(shape.partitions if shape else 1)]
     books = await read_books(client, partitions)
@@ -59,7 +62,8 @@ async def take(client: Any, run: str) -> Snapshot:
         unreadable=unreadable,
         servers=gather(registered, weights, workers),
     )
-    return replace(snapshot, reasons=[*explain(snapshot), *warnings])
+    # Names are compared above as they are; what is shown may hold no escape sequence.
+    return cleaned(replace(snapshot, reasons=[*explain(snapshot), *warnings]))
 
 
 # ---- workers -------------------------------------------------------------------------------------
@@ -144,8 +148,7 @@ async def _read_routes(
     tallies: dict[str, _Tally] = defaultdict(_Tally)
     leases: dict[str, int] = defaultdict(int)
     for k in partitions:
-        for raw in await client.smembers(k.routes):
-            route = raw.decode("utf-8", "replace")
+        for route in route_names(await client.smembers(k.routes)):
             await _read_route(client, k, route, tallies[route], leases, now_ms)
     return dict(tallies), dict(leases)
 
@@ -154,34 +157,19 @@ async def _read_route(
     client: Any, k: PartitionKeys, route: str, tally: _Tally, leases: dict[str, int], now_ms: int
 ) -> None:
     """Add one route of one partition to `tally`, and its leases to `leases`."""
-    stream = k.prompts(route)
-    pipe = client.pipeline(transaction=True)
-    pipe.xlen(stream)
-    pipe.xinfo_groups(stream)
-    pipe.xpending(stream, "workers")
-    pipe.zcard(k.delayed(route))
-    pipe.zrange(k.delayed(route), 0, 0, withscores=True)
-    length, groups, pending, delayed, due = await pipe.execute(raise_on_error=False)
-    for reply in (length, delayed, due):
-        if isinstance(reply, Exception):
-            raise reply
-    # Without a group, because no worker has ever read the route, Redis answers with an error.
-    last_read, in_flight = "0-0", 0
-    if not isinstance(groups, Exception) and not isinstance(pending, Exception) and groups:
-        last_read = next(g["last-delivered-id"] for g in groups if g["name"] == b"workers").decode()
-        in_flight = int(pending["pending"])
-        for consumer in pending["consumers"]:
-            leases[consumer["name"].decode("utf-8", "replace")] += int(consumer["pending"])
-        if in_flight:
-            tally.oldest_pending_s = _older(tally.oldest_pending_s, pending["min"], now_ms)
-    unread = await client.xrange(stream, min=f"({last_read}", count=1)
+    keys = [k.prompts(route), k.delayed(route)]
+    length, pending, held, unread, delayed, due, holders = await _ROUTE(client, keys, [])
+    for name, leased in zip(holders[::2], holders[1::2], strict=True):
+        leases[decoded(name)] += int(leased)
+    if held:
+        tally.oldest_pending_s = _older(tally.oldest_pending_s, held, now_ms)
     if unread:
-        tally.oldest_waiting_s = _older(tally.oldest_waiting_s, unread[0][0], now_ms)
+        tally.oldest_waiting_s = _older(tally.oldest_waiting_s, unread, now_ms)
     if due:
-        wait_s = max(0.0, (float(due[0][1]) - now_ms) / 1000)
+        wait_s = max(0.0, (float(due) - now_ms) / 1000)
         tally.next_due_s = min(wait_s, wait_s if tally.next_due_s is None else tally.next_due_s)
-    tally.waiting += int(length) - in_flight
-    tally.in_flight += in_flight
+    tally.waiting += int(length) - int(pending)
+    tally.in_flight += int(pending)
     tally.delayed += int(delayed)
 
 

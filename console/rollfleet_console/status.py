@@ -175,5 +175,5 @@ def _why(s: Snapshot) -> Iterator[RenderableType]:
     yield Text("Why it waits", style="bold")
     for reason in s.reasons:
         bullet = Table.grid(padding=(0, 1))
-        bullet.add_row("-", Text(reason))
+        bullet.add_row("-", Text(reason, overflow="fold"))
         yield bullet

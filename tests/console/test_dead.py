@@ -129,7 +129,7 @@ async def test_a_prompt_whose_body_is_broken_is_shown_with_its_history(redis_url
         await run.open()
         await run.submit("g1", 1)
         (claim,) = await run.claim("w0", 1)
-        fields = {b"g": b"g1", b"i": b"0"}
+        fields = {b"g": b"g1", b"i": b"0", b"a": b"1", b"k": b"train", b"n": b"1", b"d": b"?"}
         bad = Garbage(claim.entry, "field 3: a str", fields, route="default")
         await Leases(run.client, run.part(), "w0").bury(bad)
         (letter,) = await d.select(run.client, "staged")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import rollfleet
 from rollfleet.recover import Plan
-from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.keys import LAST_ID, PartitionKeys
 from rollfleet_common.messages import Kind
 from rollfleet_common.redis import connect
 from rollfleet_common.streams import Streams
@@ -464,13 +464,85 @@ async def test_what_two_readings_do_not_agree_on_is_no_finding(
 async def test_what_is_too_large_is_told_and_not_guessed_at(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_run, "LIMIT", 3)
+    monkeypatch.setattr(doctor_run, "SAMPLE", 2)
+    monkeypatch.setattr(doctor_run, "PAGE", 2)
+    monkeypatch.setattr(doctor_run, "ENTRIES", 2)
     async with StagedRun(redis_url) as run:
         await stage(run)
         report = await look(run)
-        assert [f.severity for f in report.of("groups")] == [INFO]
-        assert f"{P}prompts:default" in report.of("groups")[0].where
+        assert [f.severity for f in report.of("sample")] == [INFO]
+        assert f"{P}rollouts" in report.of("sample")[0].where
+        said = {f.check: f.what for f in report.findings}
+        assert said["groups"] == "of a sample, 2 open, and every member where its record says"
         assert report.exit_code <= 1
+
+
+async def test_the_work_does_not_grow_with_the_backlog(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands are bounded, and so is what the server sends."""
+    for name, most in (("SAMPLE", 8), ("MEMBERS", 16), ("PAGE", 4), ("ENTRIES", 8), ("PAGES", 3)):
+        monkeypatch.setattr(doctor_run, name, most)
+    monkeypatch.setattr(doctor_run, "KEYS_AT_ONCE", 10)
+    monkeypatch.setattr(doctor_fleet, "LETTERS", 8)
+    monkeypatch.setattr(doctor_fleet, "PAGE", 4)
+
+    async def cost(run: StagedRun) -> tuple[int, int]:
+        before = await run.client.info("stats")
+        await look(run)
+        after = await run.client.info("stats")
+        names = ("total_commands_processed", "total_net_output_bytes")
+        return tuple(int(after[n]) - int(before[n]) for n in names)  # type: ignore[return-value]
+
+    async def grow(run: StagedRun, first: int, last: int) -> None:
+        for number in range(first, last):
+            await run.submit(f"more{number}", 2)
+            await run.client.set(run.part().payload(f"{number}-1:n"), b"x")
+            await run.client.xadd(run.part().dead, {"why": "data", "d": b"x" * 500})
+            await run.client.xadd(run.part().rollouts, {"h": b"\xc1"})
+            await run.client.sadd(run.part().trained, f"{number}-1")
+            await run.client.zadd(run.part().delayed("default"), {f"more{number}:9": 1})
+
+    async with StagedRun(redis_url) as run:
+        await stage(run)
+        await grow(run, 0, 40)
+        commands, sent = await cost(run)
+        await grow(run, 40, 400)
+        more_commands, more_sent = await cost(run)
+        assert more_commands <= commands * 1.2
+        assert more_sent <= sent * 1.3
+
+
+async def test_a_stream_whose_ids_ran_away_is_named_and_mended(redis_url: str) -> None:
+    async with StagedRun(redis_url) as run:
+        await stage(run)
+        k, c = run.part(), run.client
+        before = await c.xpending_range(k.prompts("default"), "workers", "-", "+", 99)
+        await c.xadd(k.prompts("default"), {"x": "y"}, id=LAST_ID)
+        await c.xadd(k.tombstones, {"x": "y"}, id=LAST_ID)
+        await c.xadd(k.dead, {"x": "y"}, id="9000000000000-1")
+        await run.claim("w0", 99)
+        found = {f.where: (f.severity, f.fix) for f in (await look(run)).of("streams")}
+        assert found[k.prompts("default")][0] == found[k.tombstones][0] == ERROR
+        assert "rollfleet mend" in found[k.tombstones][1]
+        assert found[k.dead][0] == WARNING
+        result = await asyncio.to_thread(
+            CliRunner().invoke, app, ["mend", "--redis-url", redis_url, "--run", "staged"]
+        )
+        assert result.exit_code == 0, result.output
+        assert f"{k.prompts('default')}: built anew, 7 entries kept" in result.output
+        after = await c.xpending_range(k.prompts("default"), "workers", "-", "+", 99)
+        held = {row["message_id"]: (row["consumer"], row["times_delivered"]) for row in after}
+        for row in before:
+            assert held[row["message_id"]] == (row["consumer"], row["times_delivered"])
+        await run.submit("g9", 2)
+        assert len(await run.claim("w1", 9)) == 2
+        await c.delete(k.dead)
+        assert (await look(run)).of("streams") == []
+        again = await asyncio.to_thread(
+            CliRunner().invoke, app, ["mend", "--redis-url", redis_url, "--run", "staged"]
+        )
+        assert again.output == "no stream needs mending\n"
 
 
 # ---- the server, the clocks, the library -------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run in whose streams somebody else writes: the run goes on, and says so."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from support import wait_until
 
 import rollfleet
 from rollfleet_common.keys import RunKeys
-from rollfleet_common.redis import connect_sync
+from rollfleet_common.redis import connect, connect_sync
+from rollfleet_console.doctor_streams import mend
 
 SHAPE: dict[str, Any] = {"samples_per_version": 8, "group_size": 2, "starve_s": 40.0}
 LAST = "18446744073709551615-18446744073709551615"
@@ -57,6 +59,11 @@ PROMPTS: list[dict[bytes, bytes]] = [
     },
     {b"x": b"y"},
 ]
+
+
+async def mended(url: str) -> list[tuple[str, int]]:
+    async with connect(url, role="test") as client:
+        return await mend(client, "foreign")
 
 
 def plant(client: Any) -> int:
@@ -108,9 +115,7 @@ def test_a_stream_of_no_more_ids_is_said_and_waited_out(
         assert "rollfleet doctor" in said["error"]
         wait_until(lambda: fleet.books().counters.get("garbage") == 1, "the entry was put aside")
         assert all(client.pttl(key) > 0 for key in client.scan_iter(match="*payload*"))
-        # Nothing was ever delivered, so an empty stream with the same group takes its place.
-        client.xgroup_create(f"{PART.rollouts}:new", "trainer", "0", mkstream=True)
-        client.rename(f"{PART.rollouts}:new", PART.rollouts)
+        assert asyncio.run(mended(url)) == [(PART.rollouts, 0)]
         batch = fleet.next_batch()
         assert batch is not None
         books = fleet.books()

@@ -6,6 +6,7 @@
 --      7 an epoch that this one must be above  8 what the trainer speaks (JSON)
 -- Returns {1, epoch, version} or {0, who holds it, ms left of its lease}. An epoch or a version that
 -- is no number is an error: BADSTATE <field> of <key>.
+-- News that cannot be added only wakes nobody: followers look by themselves within a second.
 local function number(raw, otherwise)
   if not raw then return otherwise end
   return #raw <= 16 and string.find(raw, '^%-?%d+$') and tonumber(raw) or nil
@@ -29,5 +30,5 @@ rollbacks = rollbacks .. (rollbacks == '' and '' or ' ') .. epoch .. ':' .. vers
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'who', ARGV[3], 'version', version, 'shape', ARGV[6], 'rollbacks', rollbacks,
   -- A trainer of release 0.1.0 that comes later leaves this as it is, but raises the epoch.
   'schemas', ARGV[8], 'schemas_epoch', epoch, 'seen_ms', now[1] * 1000 + math.floor(now[2] / 1000))
-redis.call('XADD', KEYS[3], 'MAXLEN', '64', '*', 'epoch', epoch, 'version', version)
+redis.pcall('XADD', KEYS[3], 'MAXLEN', '64', '*', 'epoch', epoch, 'version', version)
 return {1, epoch, version}
