@@ -347,6 +347,14 @@ READER = [
     ("HSET", "rf:{mine}:workers", "w", "{}"),
     ("SET", "rf:{mine}:trainer", "me"),
     ("GET", "rf:{mine/0}:payload:1-1:n"),
+    # The operator reads the fence, for `dead retry`; who writes it steers.
+    ("HSET", "rf:{mine/0}:fence", "token", "me"),
+    ("HSET", "rf:{mine/0}:fence", "min_useful", "999"),
+    ("MULTI",),
+    ("XTRIM", "rf:{mine/0}:dead", "MAXLEN", "0"),
+    ("XADD", "rf:{mine/0}:rollouts", "*", "h", "x"),
+    ("XADD", "rf:{mine/0}:tombstones", "*", "g", "x"),
+    ("RENAME", "rf:{mine/0}:dead", "rf:{mine/0}:rollouts"),
     ("UNLINK", "rf:{mine/0}:group:g"),
     ("XACK", "rf:{mine/0}:rollouts", "trainer", "1-1"),
     ("XREADGROUP", "GROUP", "workers", "w", "STREAMS", "rf:{mine/0}:prompts:default", ">"),
@@ -358,7 +366,6 @@ READONLY = [
     ("XDEL", "rf:{mine/0}:dead", "1-1"),
     ("XADD", "rf:{mine/0}:prompts:default", "*", "d", "x"),
     ("HINCRBY", "rf:{mine/0}:ledger", "committed", "1"),
-    ("HSET", "rf:{mine/0}:fence", "token", "me"),
     ("EVAL", "return redis.call('HSET', KEYS[1], 'a', 'b')", "1", "rf:{mine/0}:ledger"),
 ]
 FORBIDDEN = {
