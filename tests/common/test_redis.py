@@ -1,6 +1,8 @@
 import asyncio
+import shutil
 import ssl
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from rollfleet_common.redis import (
     safe_url,
     translate,
 )
+from rollfleet_common.redis_errors import error_code
 
 MakeServer = Callable[..., EmbeddedServer]
 
@@ -331,7 +334,7 @@ async def _failures(client: Any) -> list[BaseException]:
 
 
 async def test_what_real_servers_say_in_a_bad_hour_is_transient(make_server: MakeServer) -> None:
-    """OOM, NOREPLICAS, READONLY, MASTERDOWN and BUSY, as this server writes them."""
+    """OOM, NOREPLICAS, READONLY and MASTERDOWN, as this server writes them."""
     async with connect(make_server().url, role="test") as client:
         for name, bad, good in (("maxmemory", 1, 0), ("min-replicas-to-write", 1, 0)):
             await client.config_set(name, bad)
@@ -350,6 +353,46 @@ async def test_what_real_servers_say_in_a_bad_hour_is_transient(make_server: Mak
         assert is_transient(caught.value)
         assert "rollfleet doctor" in str(translate(caught.value))
         await client.delete("s")
+
+
+async def test_a_server_that_runs_a_long_script_is_busy(make_server: MakeServer) -> None:
+    url = make_server().url
+    async with connect(url, role="test") as client, connect(url, role="slow") as other:
+        await client.config_set("busy-reply-threshold", 20)
+        running = asyncio.create_task(other.eval("while true do end", 0))
+
+        async def busy() -> bool:
+            try:
+                await client.ping()
+            except redis.exceptions.ResponseError as exc:
+                return "BUSY" in str(exc)
+            return False
+
+        await wait_until_async(busy, "the script to take long")
+        for exc in await _failures(client):
+            assert is_transient(exc), exc
+        await client.script_kill()
+        with pytest.raises(redis.exceptions.ResponseError):
+            await running
+
+
+async def test_a_server_that_cannot_write_its_snapshot_refuses_writes_for_a_while(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = make_server(tmp_path / "redis", tcp=True)
+    async with connect(server.url, role="test") as client:
+        await client.config_set("appendonly", "no")
+        await client.config_set("save", "3600 1")
+        shutil.rmtree(tmp_path / "redis")
+        await client.bgsave()
+
+        async def failed() -> bool:
+            return (await client.info("persistence"))["rdb_last_bgsave_status"] != "ok"
+
+        await wait_until_async(failed, "the snapshot to fail")
+        for exc in await _failures(client):
+            assert is_transient(exc), exc
+            assert error_code(exc) == "MISCONF"
 
 
 async def test_retry_waits_an_outage_out(make_server: MakeServer) -> None:
