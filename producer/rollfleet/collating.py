@@ -233,7 +233,7 @@ def _check_size(nbytes: int, rows: Rows, layout: Layout, max_bytes: int) -> None
     """
     if nbytes <= max_bytes:
         return
-    if len(layout.shape) > 1:
+    if len(layout.shape) == 2:
         longest = max(range(len(rows.lengths)), key=rows.lengths.__getitem__)
         what = (
             f"a padded batch of {layout.shape[0]:,} rows of {layout.shape[1]:,} tokens, the length "

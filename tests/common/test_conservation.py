@@ -165,7 +165,7 @@ class History(RuleBasedStateMachine):
     def deliver(self, data: st.DataObject, count: int, behind: int, lost: bool) -> None:
         worker = data.draw(self._busy())
         taken = self._take(worker, data.draw(picks), count)
-        version = self.model.version - behind
+        version = max(self.model.version - behind, 0)
         items = [
             delivery_of(claim, version=version, epoch=epoch, nonce=f"{worker}-{self.lives}")
             for claim, _, epoch in taken

@@ -149,7 +149,7 @@ def test_worker_help_tells_every_setting() -> None:
             [
                 "worker",
                 "--workflow",
-                "fixtures.workflows:Echo",
+                "rollfleet_console.demo.workflow:Sort",
                 "--redis-url",
                 "redis://:sesame@[bad",
             ],

@@ -9,10 +9,10 @@ from fixtures.staged import StagedRun
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from rollfleet_worker.logs import configure_logs
 from typer.testing import CliRunner
 
 from rollfleet_common.errors import BrokerError
+from rollfleet_common.logs import configure_logs, get_logger
 from rollfleet_common.servers import ServerWeights, WeightState
 from rollfleet_console import cli, dead, doctor, fleet_servers, status
 from rollfleet_console.cli import app
@@ -164,14 +164,11 @@ def test_an_error_is_told_safely(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_logs_no_escape_sequences(
     style: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import structlog  # noqa: PLC0415
-
-    before = structlog.get_config()
+    undo = configure_logs("info", style)
     try:
-        configure_logs("info", style)
-        structlog.get_logger("x").error("episode failed", detail=HOSTILE, group=HOSTILE)
+        get_logger("rollfleet.x").error("episode failed", detail=HOSTILE, group=HOSTILE)
     finally:
-        structlog.configure(**before)
+        undo()
     safe(capsys.readouterr().err)
 
 
