@@ -9,6 +9,7 @@ train_sort.py says, and stop it and start it again as you like:
 """
 
 import argparse
+import logging
 import sys
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--warm-start-steps", type=int, default=20)
     parser.add_argument("--checkpoint-every", type=int, default=20)
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
 
     args.weights.mkdir(exist_ok=True)
     checkpoint = args.weights / "checkpoint.pt"

@@ -10,6 +10,7 @@ Run it in three terminals (or ``docker compose up``, which does the same):
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 import rollfleet
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("weights"))
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
 
     policy = Policy(seed=0)
     warm_start(policy, steps=20)

@@ -19,7 +19,7 @@ from rollfleet_common.errors import (
 )
 from rollfleet_common.text import broken, printable
 
-__all__ = ["TRANSIENT", "error_code", "is_transient", "safe_url", "translate"]
+__all__ = ["TRANSIENT", "error_code", "is_transient", "safe_url", "server_message", "translate"]
 
 #: What may pass by itself. AuthenticationError is a ConnectionError too, so an `except TRANSIENT`
 #: has to ask :func:`is_transient` before it tries again.
@@ -71,9 +71,11 @@ _SCRIPTED = re.compile(
 )
 
 
-def _said(exc: BaseException) -> str:
-    """What the server said, without what redis-py and the script engine put before it."""
-    text = _PIPELINED.sub("", str(exc), count=1)
+def server_message(exc: BaseException) -> str:
+    """What the server said, without what redis-py and the script engine put around it."""
+    text, pipelined = _PIPELINED.subn("", str(exc), count=1)
+    if pipelined:
+        text = text.removesuffix(",)").rstrip("'\"")
     found = _SCRIPTED.match(text)
     return text[found.end() :] if found else text
 
@@ -88,7 +90,7 @@ def error_code(exc: BaseException) -> str:
         code = getattr(exc, "status_code", None)
         if isinstance(code, str) and code not in ("", "ERR"):
             return code
-    found = re.match(r"[A-Z]+\b", _said(exc))
+    found = re.match(r"[A-Z]+\b", server_message(exc))
     return found.group() if found else ""
 
 

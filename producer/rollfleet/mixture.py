@@ -7,13 +7,12 @@
 
 from collections.abc import Sequence
 
-import structlog
-
+from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Sample
 
 __all__ = ["mixture", "tell_mixture"]
 
-log = structlog.get_logger("rollfleet.trainer")
+log = get_logger("rollfleet.trainer")
 
 _told: set[str] = set()
 

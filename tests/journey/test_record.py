@@ -167,7 +167,7 @@ def written(path: Path, batches: int = 2) -> Path:
     with Writer(path, "hand") as writer:
         for number in range(1, batches + 1):
             for index in range(2):
-                rollout = make_rollout([number], group=f"g{number}", index=index)
+                rollout = make_rollout([number], group=f"g{number}", index=index, n=2)
                 packed = encode_samples(rollout.samples)
                 writer.write(f"commit:{number}:{number + 1}", encode_header(rollout.header), packed)
         writer.flush()

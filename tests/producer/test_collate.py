@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,19 +138,20 @@ def test_groups_and_forks_get_dense_ids() -> None:
     assert batch.finish_reasons == ("stop",) * 4
 
 
-def test_rows_say_how_they_were_sampled_and_a_mixture_is_told_once() -> None:
+def test_rows_say_how_they_were_sampled_and_a_mixture_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     hot = {"logprobs_kind": "raw", "temperature": 1.5, "context_full": True}
     cold = {"logprobs_kind": "tempered", "temperature": 0.25}
     rows = [rollout(sample(2, **hot), sample(3), group="a"), rollout(sample(2, **cold), group="b")]
-    with structlog.testing.capture_logs() as logs:
-        for form in ("padded", "packed"):
-            batch = collate(rows, form=form)
-            assert batch.logprobs_kinds == ("raw", "unknown", "tempered")
-            assert batch.temperatures == (1.5, None, 0.25)
-            assert batch.context_full == (True, False, False)
-        micro_batches(rows, budget_tokens=8)
-        collate(rows[1:])
-    (told,) = [log["mixes"] for log in logs if "mixes" in log]
+    for form in ("padded", "packed"):
+        batch = collate(rows, form=form)
+        assert batch.logprobs_kinds == ("raw", "unknown", "tempered")
+        assert batch.temperatures == (1.5, None, 0.25)
+        assert batch.context_full == (True, False, False)
+    micro_batches(rows, budget_tokens=8)
+    collate(rows[1:])
+    (told,) = [one.fields["mixes"] for one in caplog.records if "mixes" in one.fields]
     assert "log-probabilities that are raw, tempered, unknown" in told
     assert "temperatures 0.25, 1.5, unknown" in told
 

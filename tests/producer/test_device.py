@@ -182,7 +182,7 @@ def test_nothing_is_done_on_a_device_before_the_trainer_has_named_it(cuda: Cuda)
 
 
 def test_a_full_device_gets_its_batches_when_they_are_asked_for(
-    cuda: Cuda, capsys: pytest.CaptureFixture[str]
+    cuda: Cuda, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors_of(ROLLOUTS, CUDA)
     cuda.room = False
@@ -192,7 +192,7 @@ def test_a_full_device_gets_its_batches_when_they_are_asked_for(
         del cuda.said[:]
         assert tensors_of(ROLLOUTS, CUDA, done(made)) is made.batch, "the batch is not lost"
         assert cuda.said == ["async copy to cuda:1 on trainer's stream"]
-    said = capsys.readouterr().out
+    said = caplog.text
     assert said.count("no room on the device for a batch ahead") == 1
     assert "Tried to allocate 2.00 GiB." in said
 

@@ -10,7 +10,6 @@ from fixtures.fake_control import ControlledVllm
 from fixtures.fleet_processes import Process, Processes
 from fixtures.rig import Rig
 from fixtures.servers import MakeServer
-from structlog.testing import capture_logs
 from support import wait_until, wait_until_async
 
 import rollfleet
@@ -117,7 +116,7 @@ def test_a_redis_that_is_away_or_full(make_server: MakeServer, processes: Proces
 
 
 async def test_it_is_said_seldom_and_anew_when_something_changed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(idle, "LOOK_S", 0.001)
     monkeypatch.setattr(idle, "SAY_S", (10.0, 60.0, 300.0))
@@ -143,24 +142,25 @@ async def test_it_is_said_seldom_and_anew_when_something_changed(
         seen = looked
         await wait_until_async(lambda: looked > seen + 2, "it to look")
 
-    with capture_logs() as logs:
-        task = asyncio.create_task(Idle(look, explain).run())
-        times: list[float] = []
-        for at_s in range(0, 1300, 5):
-            before = len(logs)
-            await pass_time(at_s)
-            times += [at_s] * (len(logs) - before)
-        assert times == [10, 60, 300, 600, 900, 1200]
-        cause = ("", None)
-        await pass_time(2000.0)
-        assert len(logs) == 6
-        for word in ("broken", "no-prompts"):
-            cause = (word, 1)
-            await pass_time(now_s + 1)
-            await pass_time(now_s + 11)
-        task.cancel()
-    assert [line["event"] for line in logs[6:]] == ["cannot work", "nothing to do"]
-    assert "broken (the details cannot be read: no details)" in logs[6]["why"]
+    caplog.set_level("INFO", "rollfleet.worker")
+    task = asyncio.create_task(Idle(look, explain).run())
+    times: list[float] = []
+    for at_s in range(0, 1300, 5):
+        before = len(caplog.records)
+        await pass_time(at_s)
+        times += [at_s] * (len(caplog.records) - before)
+    assert times == [10, 60, 300, 600, 900, 1200]
+    cause = ("", None)
+    await pass_time(2000.0)
+    assert len(caplog.records) == 6
+    for word in ("broken", "no-prompts"):
+        cause = (word, 1)
+        await pass_time(now_s + 1)
+        await pass_time(now_s + 11)
+    task.cancel()
+    broken, nothing = caplog.records[6:]
+    assert (broken.event, nothing.event) == ("cannot work", "nothing to do")
+    assert "broken (the details cannot be read: no details)" in broken.fields["why"]
 
 
 async def test_only_names_of_runs_are_named(rig: Rig) -> None:

@@ -179,7 +179,7 @@ async def test_a_process_that_dies_is_an_error_and_the_pool_goes_on(pool, fn, sa
 
 
 async def test_what_cannot_be_sent_says_what_to_do(pool):
-    with pytest.raises(RewardError, match=r"top level of a module.*inline=True"):
+    with pytest.raises(RewardError, match=r"top level of a module.*--reward-processes 0"):
         await pool.score(lambda: 1.0)
     with pytest.raises(RewardError, match=r"arguments of .*pass plain data"):
         await pool.score(rf.give, lambda: 1.0)

@@ -33,6 +33,7 @@ from rollfleet_common.leases import Failure, Leases
 from rollfleet_common.logs import configure_logs, get_logger
 from rollfleet_common.messages import NO_VERSION, Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
+from rollfleet_common.redis_errors import server_message
 from rollfleet_common.schemas import RELEASE, Schemas, clash, spoken
 from rollfleet_common.servers import server_name
 from rollfleet_common.streams import Streams
@@ -200,10 +201,10 @@ class Worker:
 
     def _on_wait(self, exc: Exception, wait_s: float) -> None:
         if not self._away:
-            log.warning("redis is away", error=str(exc))
+            log.warning("redis is away", error=server_message(exc))
             self.metrics.disruptions.inc()
         self._away = True
-        self._trouble = str(exc)
+        self._trouble = server_message(exc)
         if "maxmemory" in self._trouble:
             self._full_s = time.monotonic()
         self.clock.doubt()

@@ -13,18 +13,18 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from redis.exceptions import NoPermissionError
 
 from rollfleet_common.board import Board
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import check_name
+from rollfleet_common.logs import get_logger
 from rollfleet_worker.inference.pool import EnginePool
 from rollfleet_worker.inference.states import PROBED
 
 __all__ = ["Facts", "Idle", "explain", "of_servers", "similar_runs"]
 
-log = structlog.get_logger("rollfleet.worker")
+log = get_logger("rollfleet.worker")
 
 #: Seconds of one and the same cause after which it is said; the last is the distance from then on.
 SAY_S = (10.0, 60.0, 300.0)
