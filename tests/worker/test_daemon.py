@@ -187,7 +187,7 @@ def test_workflows_that_fail_close_their_groups_and_harm_nobody(
         redis_url,
         "acts",
         "Actor",
-        episode_timeout_s=3,
+        episode_timeout_s=10,  # what waits for the one reward process stays far below this
         max_rollout_bytes=100_000,
         attempts_data=2,
         attempts_timeout=2,
