@@ -1,23 +1,22 @@
-"""What README and docs show: Python, commands, variables; all of it must exist, and some of it runs."""
+"""What README and docs show: Python, commands, variables; all of it must exist."""
 
 import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import typer.main
-from fixtures.rollouts import make_rollout
 
 import rollfleet
 from rollfleet.settings import TrainerSettings
 from rollfleet_console.cli import app
-from rollfleet_console.demo.task import decode, encode
 from rollfleet_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +68,7 @@ def known(tree: ast.Module) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("code", list(blocks()))
 def test_a_block_compiles_and_names_what_there_is(code: str) -> None:
-    """Most blocks are pieces of a loop around a model, a torchrun or a GPU: they are not run."""
+    """That they also run, test_blocks_run.py shows."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     compile(code, "block", "exec", flags=flags)
     tree = tree_of(code)
@@ -83,58 +82,6 @@ def test_a_block_compiles_and_names_what_there_is(code: str) -> None:
             assert hasattr(rollfleet, node.attr), f"there is no rollfleet.{node.attr}"
         if isinstance(node, ast.Call) and (call := resolve(node.func, names)) is not None:
             check_call(call, node)
-
-
-def block_with(page: str, word: str) -> str:
-    """The one Python block of a page in which `word` stands."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    (block,) = [code for code in found if word in code]
-    return str(block)
-
-
-@pytest.mark.parametrize(("rights", "temperatures"), [([1.0], [0.7]), ([0.0, 1.0], [0.7, 1.0])])
-async def test_the_workflow_of_the_readme_tries_twice(
-    rights: list[float], temperatures: list[float]
-) -> None:
-    names: dict[str, Any] = {}
-    exec(block_with("README.md", "class TwoTries"), names)  # noqa: S102 - it is ours
-    rewards, asked = iter(rights), []
-
-    class Stub:
-        async def generate(self, token_ids: Any, **sampling: Any) -> Any:
-            asked.append(sampling["temperature"])
-            return SimpleNamespace(token_ids=encode("12|"))
-
-        async def score(self, fn: Any, completion: Any, answer: str) -> Any:
-            assert fn(completion, decode(completion)) == 1.0
-            return SimpleNamespace(value=next(rewards))
-
-        def sample(self, prompt: Any, generation: Any, reward: Any) -> Any:
-            return reward.value
-
-    prompt = SimpleNamespace(token_ids=encode("21"), data={"answer": "12|"})
-    assert await names["TwoTries"]().run(prompt, Stub()) == rights[-1]
-    assert asked == temperatures
-
-
-def test_the_loop_over_micro_batches_runs() -> None:
-    rollouts = [make_rollout([0, 0], group=f"g{i // 4}", index=i % 4, n=4) for i in range(8)]
-    micros = rollfleet.micro_batches(rollouts, budget_tokens=64)
-    batch = SimpleNamespace(tensors=rollfleet.collate(rollouts), micro_batches=lambda **_: micros)
-    weight = torch.ones((), requires_grad=True)
-    names: dict[str, Any] = {
-        "batch": batch,
-        "rollfleet": rollfleet,
-        "Cost": rollfleet.Cost,
-        "model": weight,
-        "optimizer": torch.optim.SGD([weight], lr=0.1),
-        "policy_loss": lambda model, tensors, advantages: (
-            model * tensors.logprobs * advantages.sum()
-        ),
-    }
-    exec(block_with("docs/batches.md", "group_stats"), names)  # noqa: S102 - it is ours
-    assert rollfleet.group_stats(batch.tensors).mean.shape == (2,)
 
 
 def check_call(call: Any, node: ast.Call) -> None:
@@ -229,3 +176,32 @@ def test_every_error_that_public_docstrings_name_is_exported() -> None:
     builtin = {"OSError", "ValueError"}
     missing = [(path, name) for path, name in said if name not in {*rollfleet.__all__, *builtin}]
     assert not missing
+
+
+def test_blocks_are_of_languages_that_are_checked() -> None:
+    """A block of another language (TOML, YAML) needs a test here that parses it."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        opened = re.findall(r"^```([a-z]*)\n.*?^```$", text, re.MULTILINE | re.DOTALL)
+        assert {*opened} <= {"", "console", "python"}, page.name
+
+
+def modules() -> list[str]:
+    """Every `python -m ...` of a block, with lines that a backslash continues."""
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
+    return sorted({line for line in shell_lines(text) if line.startswith("python -m ")})
+
+
+@pytest.mark.parametrize("line", modules())
+def test_a_module_takes_the_flags_that_are_shown(line: str) -> None:
+    module, *words = line.removeprefix("python -m ").split()
+    shown = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    taken = set(re.findall(r"--[a-z][\w-]*", shown))
+    assert {word for word in words if word.startswith("--")} <= taken
