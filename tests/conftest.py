@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for; they live in tests/fixtures."""
 
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -16,6 +17,9 @@ settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what it puts into the background with SIGINT ignored, and children inherit it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
         "leaves_keys(reason, *globs): keys without a TTL that this test may leave in Redis, and why",
