@@ -88,7 +88,7 @@ $(TRL_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 trl: $(TRL_VENV)/.installed
-	$(TRL_VENV)/bin/python -m pytest tests/producer/test_trl_trainer.py tests/producer/test_trl_adapter.py
+	$(TRL_VENV)/bin/python -m pytest tests/producer/adapters/test_trl_trainer.py tests/producer/adapters/test_trl.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

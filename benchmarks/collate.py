@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
-from rollfleet.balance import Cost
-from rollfleet.collating import PackedBatch, TensorBatch, collate
-from rollfleet.micro import plan_micro
+from rollfleet.tensors.balance import Cost
+from rollfleet.tensors.collate import PackedBatch, TensorBatch, collate
+from rollfleet.tensors.packing import plan_micro
 from rollfleet_common.codec import decode_samples, encode_samples
 from rollfleet_common.messages import Header, Kind, Rollout, Sample, VersionSpans
 from rollfleet_common.validate import check_samples

@@ -70,13 +70,13 @@ def serve_tiny(pipe: Connection, folder: str) -> None:
     """The demo's server with untrained weights."""
     import torch  # noqa: PLC0415  # only this process needs it
 
-    from rollfleet_console.demo.engine import Engine as TinyModel  # noqa: PLC0415  # imports torch
-    from rollfleet_console.demo.model import Policy, save  # noqa: PLC0415  # imports torch
-    from rollfleet_console.demo.server import application  # noqa: PLC0415  # imports torch
+    from rollfleet_demo.engine import BatchingEngine as TinyModel  # noqa: PLC0415  # imports torch
+    from rollfleet_demo.model import TinyPolicy, save  # noqa: PLC0415  # imports torch
+    from rollfleet_demo.server import application  # noqa: PLC0415  # imports torch
 
     torch.set_num_threads(1)
     weights = Path(folder) / "weights.safetensors"
-    save(Policy(seed=0), weights, 3)
+    save(TinyPolicy(seed=0), weights, 3)
 
     async def serve() -> None:
         engine = TinyModel(weights, version="3", max_num_seqs=256, seed=0)

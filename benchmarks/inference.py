@@ -29,10 +29,10 @@ import uvloop
 
 from benchmarks.held import ROUTE, serve_held, serve_tiny, serving
 from benchmarks.machine import describe
-from rollfleet_worker.inference.engine import Engine, Request, Sampling
-from rollfleet_worker.inference.pool import EnginePool
-from rollfleet_worker.inference.siblings import SiblingEngine
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_engines.interface import Engine, Request, Sampling
+from rollfleet_engines.vllm import VllmEngine
+from rollfleet_worker.pool.coalesce import CoalescingEngine
+from rollfleet_worker.pool.pool import EnginePool
 
 __all__ = ["main"]
 
@@ -119,7 +119,7 @@ async def overhead(url: str, args: argparse.Namespace) -> dict[str, Any]:
         "client": await _ours(client, tokens),
         "pool": await _ours(pool, tokens),
         f"raw, n={GROUP}": await _raw(url, GROUP, tokens),
-        "pool and siblings": await _ours(lambda: SiblingEngine(pool()), tokens),
+        "pool and siblings": await _ours(lambda: CoalescingEngine(pool()), tokens),
     }
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(args.rounds + 1):
@@ -158,7 +158,7 @@ async def crowd(url: str, args: argparse.Namespace) -> dict[str, Any]:
     client = VllmEngine(url, route="generate", max_connections=args.crowd)
     engine: Engine = EnginePool([client], per_server_cap=args.crowd)
     if args.siblings:
-        engine = SiblingEngine(engine)
+        engine = CoalescingEngine(engine)
     before = _rss_bytes()
     watcher = asyncio.create_task(watch())
     began, cpu = time.perf_counter(), time.process_time()

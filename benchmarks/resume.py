@@ -32,13 +32,13 @@ from rollfleet_common.embedded import EmbeddedServer
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import Claim, PolicyVersion, Prompt, VersionSpans
 from rollfleet_common.redis import connect
-from rollfleet_worker.inference.engine import Engine, Generation, Request, Sampling
-from rollfleet_worker.inference.pool import EnginePool
-from rollfleet_worker.inference.segments import Resumer
-from rollfleet_worker.inference.siblings import SiblingEngine
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_engines.interface import Engine, Generation, Request, Sampling
+from rollfleet_engines.vllm import VllmEngine
 from rollfleet_worker.metrics import Metrics
-from rollfleet_worker.progress import Parking
+from rollfleet_worker.partials.progress import PartialStore
+from rollfleet_worker.pool.coalesce import CoalescingEngine
+from rollfleet_worker.pool.pool import EnginePool
+from rollfleet_worker.pool.resuming import Resumer
 from rollfleet_worker.workflows.single_turn import SingleTurn
 
 __all__ = ["OneTurn", "main"]
@@ -192,7 +192,7 @@ class Instant:
 async def _parked(client: Any, segment: int, *, park: bool, tokens: int, calls: int) -> Any:
     """Per 1,000 tokens: commands, bytes into Redis, and microseconds of this process."""
     engine, metrics = Resumer(Instant(), segment_tokens=segment), Metrics()
-    parking = Parking(client, RunKeys("cost"), engine, metrics, 16 << 20)
+    parking = PartialStore(client, RunKeys("cost"), engine, metrics, 16 << 20)
 
     async def one(place: int) -> None:
         claim = Claim(Prompt(f"g{place}", 1, PROMPT, {}), 0, 1, "1-1", 0, 0)
@@ -241,7 +241,9 @@ async def parking(redis_url: str, args: argparse.Namespace) -> list[dict[str, An
 
 async def segments(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens a second, for segment sizes in turns; all prompts begin together."""
-    below: Engine = SiblingEngine(EnginePool([VllmEngine(args.url, route="generate")]), max_merge=1)
+    below: Engine = CoalescingEngine(
+        EnginePool([VllmEngine(args.url, route="generate")]), max_merge=1
+    )
     rates: dict[int, list[float]] = {size: [] for size in args.segments}
     for number in range(args.rounds + 1):
         for size in args.segments:

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from rollfleet.bias import BiasMeter
-from rollfleet.consume import Consumer
-from rollfleet.deadlines import Deadlines
-from rollfleet.groups import Group, Member
-from rollfleet.guarded import policy_named
-from rollfleet.rollback import History
+from rollfleet.consume.reader import RolloutReader
+from rollfleet.policy.checked import policy_named
+from rollfleet.policy.metrics import BiasMeter
+from rollfleet.policy.version_history import VersionHistory
+from rollfleet.records import Group, Member
+from rollfleet.state.deadlines import Deadlines
 from rollfleet_common.messages import Header, Kind, Prompt
 
 TASKS, PROMPTS, READY, MEMBERS = 10_000, 100_000, 2_000, 8
@@ -83,13 +83,13 @@ def main() -> None:
     deadlines = Deadlines(out)
     deadlines.add(out.values())
     rest: dict[str, Any] = dict.fromkeys(("settled", "line"))
-    consumer = Consumer(
+    consumer = RolloutReader(
         token="t",  # noqa: S106 - no password
         streams=[],
         readers=[],
         policy=policy_named("drop", 2),
         version=lambda: 5,
-        history=History([(1, 0)]),
+        history=VersionHistory([(1, 0)]),
         on_rollback="replay",
         meter=meter,
         surplus=lambda _: 0,

@@ -51,7 +51,8 @@ def _p2_twice(part: str) -> None:
 
 def _p3_again(part: str) -> None:
     """Commit frees nothing, and what was trained is not remembered."""
-    from rollfleet import consume, recover  # noqa: PLC0415
+    from rollfleet.consume import reader  # noqa: PLC0415
+    from rollfleet.run import recover  # noqa: PLC0415
 
     settle = recover.Plan.settle
 
@@ -60,17 +61,17 @@ def _p3_again(part: str) -> None:
             await settle(self, verb, token, streams)
 
     recover.Plan.settle = settled
-    consume.Consumer.remember = lambda self, trained: None
+    reader.RolloutReader.remember = lambda self, trained: None
 
 
 def _p4_stale(part: str) -> None:
     """Nobody looks at the age of a rollout."""
     _rewrite("deliver", "tonumber(ARGV[arg + 4]) < min_useful", "false")
     if part == "trainer":
-        from rollfleet import freshness  # noqa: PLC0415
+        from rollfleet.policy import policies  # noqa: PLC0415
 
-        freshness.staleness = lambda current, oldest: 0
-        freshness.min_useful = lambda current, max_staleness: -1
+        policies.staleness = lambda current, oldest: 0
+        policies.min_useful = lambda current, max_staleness: -1
 
 
 def _p5_late(part: str) -> None:
@@ -120,14 +121,14 @@ def _p9_lie(part: str) -> None:
 
 def _p10_torn(part: str) -> None:
     """A group counts as whole with one member missing."""
-    from rollfleet import groups  # noqa: PLC0415
+    from rollfleet.state import groups  # noqa: PLC0415
 
     for name in ("closed", "whole"):
         setattr(groups.Group, name, property(lambda self: len(self.members) >= self.n - 1))
 
-    from rollfleet import freshness  # noqa: PLC0415
+    from rollfleet.policy import policies  # noqa: PLC0415
 
-    freshness.DropStale.judge = lambda self, group, current: None
+    policies.DropStale.judge = lambda self, group, current: None
 
 
 #: By the promise that each breaks.

@@ -4,9 +4,11 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY common common
+COPY engines engines
 COPY producer producer
 COPY worker worker
 COPY console console
+COPY demo demo
 # The index decides the build of torch; its version is the range of pyproject.toml.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.3" \

@@ -21,9 +21,9 @@ from torchdata.stateful_dataloader.sampler import RandomSampler
 
 import rollfleet
 from rollfleet.adapters.loader import RolloutDataset
-from rollfleet_console.demo.grpo import GrpoTrainer, group_advantages
-from rollfleet_console.demo.model import Policy, save, warm_start
-from rollfleet_console.demo.task import encode, prompts
+from rollfleet_demo.grpo import GrpoTrainer, group_advantages
+from rollfleet_demo.model import TinyPolicy, save, warm_start
+from rollfleet_demo.task import encode, prompts
 
 PROMPTS = 4096
 
@@ -54,7 +54,7 @@ def main() -> None:
 
     args.weights.mkdir(exist_ok=True)
     checkpoint = args.weights / "checkpoint.pt"
-    policy, state, done = Policy(seed=0), None, 0
+    policy, state, done = TinyPolicy(seed=0), None, 0
     trainer = GrpoTrainer(policy)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)

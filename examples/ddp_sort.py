@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node 2 examples/ddp_sort.py --redis-url embedded:///tmp/sort \
         --server http://127.0.0.1:8000
-    python -m rollfleet_console.demo.server --port 8000 --version 0 \
+    python -m rollfleet_demo.server --port 8000 --version 0 \
         --weights weights/v0.safetensors --wait-weights-s 60
     rollfleet worker --redis-url embedded:///tmp/sort --run sort --server http://127.0.0.1:8000 \
-        --workflow rollfleet_console.demo.workflow:Sort --stop-token-id 1
+        --workflow rollfleet_demo.workflow:Sort --stop-token-id 1
 
 Kill any of it with -9 and start it again: the trainer goes on from its last checkpoint, with as many
 ranks as it is given then, and is handed exactly what was trained since, once more.
@@ -31,9 +31,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rollfleet
-from rollfleet_console.demo.grpo import group_advantages
-from rollfleet_console.demo.model import Policy, save, warm_start
-from rollfleet_console.demo.task import encode, prompts
+from rollfleet_demo.grpo import group_advantages
+from rollfleet_demo.model import TinyPolicy, save, warm_start
+from rollfleet_demo.task import encode, prompts
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -41,7 +41,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class Scorer(nn.Module):
     """The policy with a forward pass, which is what DDP and FSDP wrap."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: TinyPolicy) -> None:
         super().__init__()
         self.policy = policy
 
@@ -50,7 +50,7 @@ class Scorer(nn.Module):
         return self.policy.logprobs(ids)
 
 
-def wrap(policy: Policy, *, fsdp: bool) -> nn.Module:
+def wrap(policy: TinyPolicy, *, fsdp: bool) -> nn.Module:
     """The model on all ranks: a copy each, or a piece each."""
     scorer = Scorer(policy)
     if not fsdp:
@@ -81,7 +81,7 @@ def export(model: nn.Module, path: Path, version: int) -> None:
     """Write the weights for the servers; all ranks gather them, rank 0 writes."""
     tensors = get_model_state_dict(model, options=WHOLE)
     if dist.get_rank() == 0:
-        served = Policy()
+        served = TinyPolicy()
         served.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items()})
         save(served, path, version)
 
@@ -118,7 +118,7 @@ def main() -> None:
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    policy = Policy(seed=0)
+    policy = TinyPolicy(seed=0)
     args.weights.mkdir(exist_ok=True)
     path = args.weights.resolve() / "checkpoint.pt"
     saved: dict[str, Any] = torch.load(path) if path.exists() else {}

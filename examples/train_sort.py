@@ -3,10 +3,10 @@
 Run it in three terminals (or ``docker compose up``, which does the same):
 
     python examples/train_sort.py --redis-url embedded:///tmp/sort --server http://127.0.0.1:8000
-    python -m rollfleet_console.demo.server --port 8000 --version 0 \
+    python -m rollfleet_demo.server --port 8000 --version 0 \
         --weights weights/v0.safetensors --wait-weights-s 60
     rollfleet worker --redis-url embedded:///tmp/sort --run sort --server http://127.0.0.1:8000 \
-        --workflow rollfleet_console.demo.workflow:Sort --stop-token-id 1
+        --workflow rollfleet_demo.workflow:Sort --stop-token-id 1
 """
 
 import argparse
@@ -14,9 +14,9 @@ import logging
 from pathlib import Path
 
 import rollfleet
-from rollfleet_console.demo.grpo import GrpoTrainer, group_advantages
-from rollfleet_console.demo.model import Policy, save, warm_start
-from rollfleet_console.demo.task import encode, prompts
+from rollfleet_demo.grpo import GrpoTrainer, group_advantages
+from rollfleet_demo.model import TinyPolicy, save, warm_start
+from rollfleet_demo.task import encode, prompts
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
 
-    policy = Policy(seed=0)
+    policy = TinyPolicy(seed=0)
     warm_start(policy, steps=20)
     trainer = GrpoTrainer(policy)
     args.weights.mkdir(exist_ok=True)

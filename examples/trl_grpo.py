@@ -21,7 +21,7 @@ from typing import Any
 
 from rollfleet_common.errors import LostBatchesError
 from rollfleet_common.messages import Int32
-from rollfleet_console.demo.task import END_ID, PAD_ID, VOCABULARY, encode, prompts
+from rollfleet_demo.task import END_ID, PAD_ID, VOCABULARY, encode, prompts
 from rollfleet_worker.workflows.single_turn import SingleTurn
 
 GROUP = 8

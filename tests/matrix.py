@@ -36,8 +36,8 @@ CORE = (
     "tests/common/test_redis.py",
     "tests/common/test_acl.py",
     "tests/common/test_tls.py",
-    "tests/console/test_doctor.py",
-    "tests/journey/test_path.py",
+    "tests/console/doctor/test_doctor.py",
+    "tests/journeys/test_path.py",
 )
 SERVERS = ("valkey-9", "redis-8", "redis-7.0")
 #: Majors, of which the newest is taken, and the oldest release that pyproject.toml allows.

@@ -1,4 +1,4 @@
-"""What is installed: four packages and a command, workers without torch, from the wheel itself."""
+"""What is installed: six packages and a command, workers without torch, from the wheel itself."""
 
 import ipaddress
 import os
@@ -13,7 +13,14 @@ import pytest
 from rollfleet_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"rollfleet", "rollfleet_common", "rollfleet_console", "rollfleet_worker"}
+PACKAGES = {
+    "rollfleet",
+    "rollfleet_common",
+    "rollfleet_console",
+    "rollfleet_demo",
+    "rollfleet_engines",
+    "rollfleet_worker",
+}
 
 
 def run(*argv: str | Path, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -37,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(built: Path) -> None:
+def test_the_wheel_holds_the_six_packages_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}

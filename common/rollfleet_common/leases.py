@@ -17,7 +17,7 @@ from rollfleet_common.scripts import load
 from rollfleet_common.streams import Garbage, Streams
 from rollfleet_common.text import decoded, printable
 
-__all__ = ["Failure", "Leases"]
+__all__ = ["AttemptFailure", "Leases"]
 
 _RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE, _REAP = map(
     load, ("renew", "reclaim", "fail", "promote", "handback", "quarantine", "reap")
@@ -32,7 +32,7 @@ DETAIL = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class AttemptFailure:
     """Why an attempt ended without a rollout."""
 
     kind: FailureKind
@@ -109,7 +109,7 @@ class Leases:
             taken.append((made, int(deliveries), decoded(owner)))
         return taken
 
-    async def fail(self, claim: Claim, failure: Failure, delay_ms: int | None) -> bool:
+    async def fail(self, claim: Claim, failure: AttemptFailure, delay_ms: int | None) -> bool:
         """End a lease in failure: park the prompt for `delay_ms`, or bury it if that is None.
 
         Returns:
@@ -117,7 +117,7 @@ class Leases:
         """
         return await self._end(claim, failure, -1 if delay_ms is None else delay_ms)
 
-    async def _end(self, claim: Claim, failure: Failure, delay_ms: int) -> bool:
+    async def _end(self, claim: Claim, failure: AttemptFailure, delay_ms: int) -> bool:
         k, p = self.keys, claim.prompt
         keys = [k.prompts(p.route), k.delayed(p.route), k.parked(p.route), k.dead, k.tombstones]
         keys += [k.ledger, k.group(p.group), k.fence]
@@ -136,10 +136,10 @@ class Leases:
         Returns:
             Whether the lease was still ours.
         """
-        failure = Failure(FailureKind.CANCELLED, why, self.worker)
+        failure = AttemptFailure(FailureKind.CANCELLED, why, self.worker)
         return await self._end(claim, failure, -2)
 
-    async def bury(self, garbage: Garbage) -> None:
+    async def quarantine(self, garbage: Garbage) -> None:
         """Move an unreadable entry to the dead letters.
 
         One that submit wrote (its group's record names it) is buried like any failed prompt, so
@@ -153,7 +153,9 @@ class Leases:
         if place != f"p{garbage.entry}".encode() or not whole_entry:
             await quarantine(self.client, k, k.prompts(route), "workers", garbage)
             return
-        failure = Failure(FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker)
+        failure = AttemptFailure(
+            FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker
+        )
         keys = [k.prompts(route), k.delayed(route), k.parked(route), k.dead, k.tombstones]
         keys += [k.ledger, k.group(group), k.fence]
         args = [

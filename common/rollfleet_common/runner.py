@@ -3,7 +3,7 @@
 It knows neither Redis nor RL and may be used alone; docs/runner.md is its user page. It succeeds
 AReaL's ``AsyncTaskRunner`` and keeps its idea (oldest results first, seeded shuffle on demand).
 
-- Every task that was accepted becomes exactly one :class:`Outcome`: a value, or an exception.
+- Every task that was accepted becomes exactly one :class:`TaskOutcome`: a value, or an exception.
   ``submitted == waiting + running + done + collected``, at every moment, across stop and start.
 - At most `max_concurrency` tasks run. A full input queue is an error at once, never a wait; a full
   output queue is back-pressure (nothing new starts), never death.
@@ -43,7 +43,7 @@ try:
 except ImportError:  # pragma: no cover - Windows, or an interpreter that uvloop does not know
     pass
 
-__all__ = ["Outcome", "Sizes", "TaskRunner"]
+__all__ = ["Sizes", "TaskOutcome", "TaskRunner"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -52,7 +52,7 @@ _log = logging.getLogger("rollfleet.runner")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
+class TaskOutcome(Generic[T]):
     """How one task ended. A task that returned None has ``ok`` and no error."""
 
     task_id: int
@@ -179,7 +179,7 @@ class TaskRunner(Generic[T]):
         self._paused = False
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
-        self._done: list[tuple[int, Outcome[T]]] = []
+        self._done: list[tuple[int, TaskOutcome[T]]] = []
         #: Counts that threads in `wait` are waiting for.
         self._wanted: list[int] = []
         self._submitted = self._collected = self._orders = 0
@@ -296,7 +296,7 @@ class TaskRunner(Generic[T]):
             self._admit()
         return [job.id for job in jobs]
 
-    def wait(self, count: int, timeout: float | None = None) -> list[Outcome[T]]:
+    def wait(self, count: int, timeout: float | None = None) -> list[TaskOutcome[T]]:
         """Take `count` outcomes, those of the tasks that started first among the finished ones.
 
         Several threads may wait at once; each is served as soon as there is enough for it.
@@ -415,7 +415,7 @@ class TaskRunner(Generic[T]):
         """Turn a running job into its outcome."""
         del self._running[job.id]
         now = time.monotonic()
-        outcome = Outcome(job.id, value, error, job.submitted_s, job.started_s, now)
+        outcome = TaskOutcome(job.id, value, error, job.submitted_s, job.started_s, now)
         heappush(self._done, (job.order, outcome))
 
     def _drop_unstarted(self, engine: _Engine) -> None:

@@ -24,7 +24,14 @@ from rollfleet_common.messages import NO_VERSION
 from rollfleet_common.scripts import load
 from rollfleet_common.text import I31, json_int, parse_json
 
-__all__ = ["Server", "ServerWeights", "Servers", "WeightState", "server_name", "server_url"]
+__all__ = [
+    "RegisteredServer",
+    "ServerWeights",
+    "Servers",
+    "WeightState",
+    "server_name",
+    "server_url",
+]
 
 _REFIT, _REGISTER = load("refit"), load("register")
 _URL = re.compile(r"https?://(?:[^/\s?#@]*@)?[^/\s?#@]+(/[^\s?#]*)?", re.IGNORECASE)
@@ -68,7 +75,7 @@ def server_name(url: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class RegisteredServer:
     """A server as an operator registered it."""
 
     url: str
@@ -120,7 +127,7 @@ class Servers:
 
     # ---- operators ---------------------------------------------------------------------------
 
-    async def add(self, server: Server) -> bool:
+    async def add(self, server: RegisteredServer) -> bool:
         """Register `server`, or register it anew; returns whether it is a new one.
 
         Raises:
@@ -140,7 +147,7 @@ class Servers:
     async def drain(self, url: str, *, draining: bool = True) -> bool:
         """Have `url` take nothing new (or again something); False if it is not registered."""
 
-        def drained(old: Server | None) -> Server | None:
+        def drained(old: RegisteredServer | None) -> RegisteredServer | None:
             return None if old is None else replace(old, draining=draining)
 
         return await self._change(url, drained) is not None
@@ -152,7 +159,7 @@ class Servers:
                 return True
         return False
 
-    async def _change(self, url: str, change: Any) -> Server | None:
+    async def _change(self, url: str, change: Any) -> RegisteredServer | None:
         """Replace the row of `url` by what `change` makes of it; returns what it was."""
         while True:
             raw = await self.client.hget(self.keys.servers, url)
@@ -215,7 +222,7 @@ class Servers:
 
     # ---- everyone ----------------------------------------------------------------------------
 
-    async def read(self) -> tuple[dict[str, Server], dict[str, ServerWeights]]:
+    async def read(self) -> tuple[dict[str, RegisteredServer], dict[str, ServerWeights]]:
         """The servers that are registered and what is known of weights, by URL."""
         pipe = self.client.pipeline(transaction=False)
         pipe.hgetall(self.keys.servers)
@@ -236,7 +243,7 @@ def _rows(raw: Mapping[bytes, bytes], read: Any) -> dict[str, Any]:
     return rows
 
 
-def _server(url: str, text: bytes) -> Server:
+def _server(url: str, text: bytes) -> RegisteredServer:
     raw = parse_json(text)
     if server_url(url) != url:
         raise ValueError(f"{url!r} is no URL as it is registered")
@@ -247,7 +254,7 @@ def _server(url: str, text: bytes) -> Server:
     if not isinstance(behind, list):
         why = f"behind is a {type(behind).__name__}, not a list of URLs"
         raise ValueError(why)  # noqa: TRY004 - what a row holds, not what a caller passed
-    return Server(
+    return RegisteredServer(
         url,
         engine,
         bool(raw.get("draining")),

@@ -15,9 +15,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from rollfleet_common.errors import RollfleetError, SettingsError
-from rollfleet_console.dead_commands import dead
-from rollfleet_console.doctor_command import doctor
-from rollfleet_console.reach import (
+from rollfleet_console.commands.dead import dead
+from rollfleet_console.commands.doctor import doctor
+from rollfleet_console.commands.options import (
     Config,
     Json,
     RedisUrl,
@@ -28,8 +28,8 @@ from rollfleet_console.reach import (
     show,
     tell,
 )
-from rollfleet_console.server_commands import server
-from rollfleet_console.simulate.command import simulate
+from rollfleet_console.commands.server import server
+from rollfleet_console.commands.simulate import simulate
 
 __all__ = ["app", "main"]
 
@@ -53,7 +53,7 @@ class _WorkerCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        from rollfleet_console.help import show_settings  # noqa: PLC0415  # heavy
+        from rollfleet_console.commands.help import show_settings  # noqa: PLC0415  # heavy
         from rollfleet_worker.settings import WorkerSettings  # noqa: PLC0415  # heavy
 
         show_settings(WorkerSettings)
@@ -148,12 +148,12 @@ def status(
 ) -> None:
     """Look at a whole fleet once: where every prompt is, who works, and why it waits."""
     settings = settings_of(redis_url, run, config)
-    from rollfleet_console.snapshot import take  # noqa: PLC0415  # heavy
+    from rollfleet_console.status.snapshot import take  # noqa: PLC0415  # heavy
 
     if watch:
         if as_json:
             raise SettingsError("--watch draws on a terminal: it does not go with --json")
-        from rollfleet_console.watch import watch_run  # noqa: PLC0415  # heavy
+        from rollfleet_console.status.watch import watch_run  # noqa: PLC0415  # heavy
 
         ask(settings, lambda client, name: watch_run(client, name, interval))
         return
@@ -161,7 +161,7 @@ def status(
     if as_json:
         print_json(snapshot.to_json())
         return
-    from rollfleet_console.status import render  # noqa: PLC0415  # heavy
+    from rollfleet_console.status.render import render  # noqa: PLC0415  # heavy
 
     show(render(snapshot))
 
@@ -173,7 +173,7 @@ def mend(redis_url: RedisUrl = None, run: Run = None, config: Config = None) -> 
     Needs an administrator's URL. Nothing that is in them is lost.
     """
     settings = settings_of(redis_url, run, config)
-    from rollfleet_console.doctor_streams import mend as mended  # noqa: PLC0415  # heavy
+    from rollfleet_console.doctor.streams import mend as mended  # noqa: PLC0415  # heavy
 
     streams = ask(settings, mended)
     for name, kept in streams:
@@ -239,7 +239,7 @@ def demo(
         "keep": keep,
     }
     try:
-        job = importlib.import_module("rollfleet_console.demo.job")
+        job = importlib.import_module("rollfleet_demo.job")
         code = job.main({k: v for k, v in given.items() if v is not None})
     except ModuleNotFoundError as exc:
         if exc.name is None or exc.name.startswith("rollfleet"):

@@ -30,7 +30,7 @@ from rollfleet_common.recording import Row, Writer
 from rollfleet_common.scripts import load
 from rollfleet_common.tasks import cancel_all
 
-__all__ = ["Tally", "record", "run_recording"]
+__all__ = ["RecordingProgress", "record", "run_recording"]
 
 _TOLD = load("told")
 #: How long what was freed stays to be recorded; a tap stands a third of it, renewed four times.
@@ -43,7 +43,7 @@ COUNT = 32
 
 
 @dataclass(slots=True)
-class Tally:
+class RecordingProgress:
     """How far a recording is."""
 
     trained: int = 0
@@ -69,9 +69,9 @@ async def record(
     *,
     seconds: float | None = None,
     max_bytes: int | None = None,
-    on_rows: Callable[[Tally], None] = lambda _: None,
+    on_rows: Callable[[RecordingProgress], None] = lambda _: None,
     stopping: asyncio.Event | None = None,
-) -> Tally:
+) -> RecordingProgress:
     """Record the run `run` into a new file until `stopping` is set or a limit is reached.
 
     Args:
@@ -94,7 +94,7 @@ async def record(
     if found is None:
         raise SettingsError(f"run {run!r} was never opened: there is nothing to record")
     parts = [keys.partition(p) for p in range(found[1].partitions)]
-    tally = Tally()
+    tally = RecordingProgress()
     taps = _Taps(client, keys, parts, tally)
     await taps.claim()
     try:
@@ -127,7 +127,7 @@ async def _follow(
     taps: "_Taps",
     reading: "_Reading",
     ended: Callable[[], bool],
-    on_rows: Callable[[Tally], None],
+    on_rows: Callable[[RecordingProgress], None],
 ) -> None:
     """Read on until it has `ended` and all that was told is written, or the file is full."""
     holding = asyncio.create_task(taps.hold())
@@ -160,7 +160,7 @@ class _Taps:
     """The taps of all partitions, held by one recorder."""
 
     def __init__(
-        self, client: Any, keys: RunKeys, parts: list[PartitionKeys], tally: Tally
+        self, client: Any, keys: RunKeys, parts: list[PartitionKeys], tally: RecordingProgress
     ) -> None:
         self.client = client
         self.name = keys.recorder
@@ -254,7 +254,12 @@ class _Reading:
     """Reads what the taps tell, and writes it down."""
 
     def __init__(
-        self, client: Any, told: list[_Told], writer: Writer, tally: Tally, max_bytes: int | None
+        self,
+        client: Any,
+        told: list[_Told],
+        writer: Writer,
+        tally: RecordingProgress,
+        max_bytes: int | None,
     ) -> None:
         self.client = client
         self.told = told
@@ -320,14 +325,14 @@ class _Reading:
 
 async def run_recording(
     client: Any, run: str, path: Path, seconds: float | None, max_bytes: int
-) -> Tally:
+) -> RecordingProgress:
     """Record until Ctrl-C or a limit, and say how it goes on standard error."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop.set)
 
-    def say(tally: Tally, end: str = "") -> None:
+    def say(tally: RecordingProgress, end: str = "") -> None:
         gone = f", {tally.without:,} without payload" if tally.without else ""
         gone += f", {tally.missed:,} missed" if tally.missed else ""
         gone += f", taps found closed {tally.lapses:,} times" if tally.lapses else ""

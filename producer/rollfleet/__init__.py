@@ -15,11 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rollfleet.aio import AsyncFleet
-from rollfleet.balance import Cost
 from rollfleet.batch import Batch
-from rollfleet.bias import BiasMeter, effective_sample_size
 from rollfleet.fleet import Fleet, connect
-from rollfleet.freshness import (
+from rollfleet.policy.metrics import BiasMeter, effective_sample_size
+from rollfleet.policy.orders import FreshestFirst, OldestFirst, Windowed
+from rollfleet.policy.policies import (
     BasePolicy,
     DropStale,
     Mask,
@@ -28,14 +28,14 @@ from rollfleet.freshness import (
     StandardPPO,
     Wait,
 )
-from rollfleet.groups import Group, Member
-from rollfleet.micro import MicroPlan, StepTotals, plan_headers, plan_micro
-from rollfleet.orders import FreshestFirst, OldestFirst, Windowed
 from rollfleet.ranks import RankBatch, RankFleet, connect_ranks
-from rollfleet.refits.saving import save_weights
+from rollfleet.records import Group, Member
 from rollfleet.replay import Replay, replay
 from rollfleet.settings import TrainerSettings
-from rollfleet.sources import Epochs
+from rollfleet.submit.resumable import Epochs
+from rollfleet.tensors.balance import Cost
+from rollfleet.tensors.packing import MicroPlan, StepTotals, plan_headers, plan_micro
+from rollfleet.weight_sync.saving import save_weights
 from rollfleet_common.errors import (
     BrokerError,
     BrokerSetupError,
@@ -62,9 +62,14 @@ from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Header, Kind, LogprobsKind, Prompt, Rollout, Sample
 
 if TYPE_CHECKING:
-    from rollfleet.collating import GroupStats, PackedBatch, TensorBatch, collate, group_stats
-    from rollfleet.microbatch import MicroBatch, MicroBatches, micro_batches, micro_batches_of
-    from rollfleet.proximal import (
+    from rollfleet.tensors.collate import GroupStats, PackedBatch, TensorBatch, collate, group_stats
+    from rollfleet.tensors.micro_batches import (
+        MicroBatch,
+        MicroBatches,
+        micro_batches,
+        micro_batches_of,
+    )
+    from rollfleet.tensors.proximal import (
         proximal_logprobs,
         segment_mask,
         token_logprobs,
@@ -147,19 +152,19 @@ __all__ = [
 
 #: Where what needs torch is.
 _WITH_TORCH = {
-    "GroupStats": "collating",
-    "MicroBatch": "microbatch",
-    "MicroBatches": "microbatch",
-    "PackedBatch": "collating",
-    "TensorBatch": "collating",
-    "collate": "collating",
-    "group_stats": "collating",
-    "micro_batches": "microbatch",
-    "micro_batches_of": "microbatch",
-    "proximal_logprobs": "proximal",
-    "segment_mask": "proximal",
-    "token_logprobs": "proximal",
-    "token_staleness": "proximal",
+    "GroupStats": "tensors.collate",
+    "MicroBatch": "tensors.micro_batches",
+    "MicroBatches": "tensors.micro_batches",
+    "PackedBatch": "tensors.collate",
+    "TensorBatch": "tensors.collate",
+    "collate": "tensors.collate",
+    "group_stats": "tensors.collate",
+    "micro_batches": "tensors.micro_batches",
+    "micro_batches_of": "tensors.micro_batches",
+    "proximal_logprobs": "tensors.proximal",
+    "segment_mask": "tensors.proximal",
+    "token_logprobs": "tensors.proximal",
+    "token_staleness": "tensors.proximal",
 }
 
 

@@ -17,26 +17,25 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
 
-from rollfleet.background import Background
 from rollfleet.batch import Batch
-from rollfleet.bias import BiasMeter
-from rollfleet.capacity import Pacer
-from rollfleet.causes import Cause, Evidence, diagnose, tell
-from rollfleet.consume import BLOCK_MS
-from rollfleet.evaluation import Evaluation
-from rollfleet.freshness import Policy
-from rollfleet.guarded import Guarded, policy_named
+from rollfleet.consume.evaluation import Evaluation
+from rollfleet.consume.payloads import Accept
+from rollfleet.consume.reader import BLOCK_MS
 from rollfleet.line import Line
-from rollfleet.opening import REACH_S, State, check, check_lost, read_state, wipe
 from rollfleet.parts import Needs, Parts
-from rollfleet.payloads import Accept
-from rollfleet.refits.drivers import Weights
-from rollfleet.refits.fleet import Refits
-from rollfleet.refits.healer import Healer
-from rollfleet.refits.one import Load
-from rollfleet.releases import refuse_leftovers, strangers
+from rollfleet.policy.checked import CheckedPolicy, policy_named
+from rollfleet.policy.metrics import BiasMeter
+from rollfleet.policy.policies import Policy
+from rollfleet.run.lease import TrainerLease
+from rollfleet.run.open_run import REACH_S, State, check, check_lost, read_state, wipe
+from rollfleet.run.releases import refuse_leftovers, strangers
 from rollfleet.settings import TrainerSettings
-from rollfleet.tenure import Tenure
+from rollfleet.state.capacity import Pacer
+from rollfleet.state.causes import Cause, Evidence, diagnose, tell
+from rollfleet.tasks import BackgroundTasks
+from rollfleet.weight_sync.coordinator import Refits
+from rollfleet.weight_sync.repair import Repairer
+from rollfleet.weight_sync.update import Load
 from rollfleet_common.board import Board
 from rollfleet_common.errors import FailingError, SettingsError
 from rollfleet_common.keys import RunKeys
@@ -47,6 +46,7 @@ from rollfleet_common.redis import connect, retry, safe_url
 from rollfleet_common.servers import Servers
 from rollfleet_common.streams import Streams
 from rollfleet_common.tasks import call, is_async
+from rollfleet_engines.control import Weights
 
 __all__ = ["AsyncFleet"]
 
@@ -92,7 +92,7 @@ class AsyncFleet:
                 settings.policy, settings.max_staleness, settings.min_group_size, settings.order
             )
             if policy is None
-            else Guarded(policy)
+            else CheckedPolicy(policy)
         )
         self.line = Line(self._revive)
         self.meter = BiasMeter(clock=lambda: self.line.clock.now_ms() / 1000)
@@ -118,7 +118,7 @@ class AsyncFleet:
         self._collate = dict(collate or {})
         #: Decodes and collates, so that the loop goes on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollfleet-load")
-        self._background = Background(self._wake)
+        self._background = BackgroundTasks(self._wake)
         #: Prompts of the groups that are out, oldest first.
         self._out: dict[str, Prompt] = {}
         #: Batch by group of what an earlier trainer owes.
@@ -155,7 +155,7 @@ class AsyncFleet:
         self.streams = [Streams(self._client, self.keys.partition(p)) for p in range(s.partitions)]
         registry = Servers(self._client, self.keys)
         self.refits = Refits(s, registry, self.token, lambda: self.epoch, self.line)
-        self._tenure = Tenure(
+        self._tenure = TrainerLease(
             s,
             self.token,
             self.board,
@@ -186,7 +186,7 @@ class AsyncFleet:
         spawn(self._tenure.keep(self.reviver.reconcile), "keep")
         spawn(self._tend(), "tend")
         spawn(self.watch.run(), "watch")
-        spawn(Healer(self.refits).run(), "heal")
+        spawn(Repairer(self.refits).run(), "heal")
         for partition in range(s.partitions):
             spawn(self.consumer.run(partition), f"consume-{partition}")
         if s.prefetch:
@@ -583,7 +583,7 @@ class AsyncFleet:
         return tell(await self._evidence())
 
     async def causes(self) -> list[Cause]:
-        """Why no batch comes, as :func:`rollfleet.causes.diagnose` finds it; empty if nothing is wrong.
+        """Why no batch comes, as :func:`rollfleet.state.causes.diagnose` finds it; empty if nothing is wrong.
 
         Raises:
             redis.exceptions.RedisError: Redis cannot be reached.

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rollfleet.bias import BiasMeter
-from rollfleet.groups import Group
+from rollfleet.policy.metrics import BiasMeter
+from rollfleet.records import Group
 from rollfleet_common.messages import NO_VERSION, Rollout
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from rollfleet.device import Made
-    from rollfleet.microbatch import MicroBatches
-    from rollfleet.tensors import TensorBatch
+    from rollfleet.tensors.device import PreparedTensors
+    from rollfleet.tensors.micro_batches import MicroBatches
+    from rollfleet.tensors.padded import TensorBatch
 
 __all__ = ["Batch"]
 
@@ -42,7 +42,7 @@ class Batch:
     #: Options of :func:`rollfleet.collate` for `tensors`, and the `device` that they are to be on.
     collate: Mapping[str, Any] = field(default_factory=dict, repr=False)
     #: The tensors, if they are being made already.
-    ahead: "Future[Made] | None" = field(default=None, repr=False)
+    ahead: "Future[PreparedTensors] | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Samples in the batch."""
@@ -65,7 +65,7 @@ class Batch:
         Raises:
             SettingsError: `collate` names a CUDA device, and there is none.
         """
-        from rollfleet.device import tensors_of  # noqa: PLC0415 - torch is optional
+        from rollfleet.tensors.device import tensors_of  # noqa: PLC0415 - torch is optional
 
         ahead, self.ahead = self.ahead, None
         return tensors_of(self.rollouts, self.collate, ahead)
@@ -81,7 +81,7 @@ class Batch:
         Raises:
             ValueError: An option that cannot be, or a row that is refused.
         """
-        from rollfleet.microbatch import micro_batches  # noqa: PLC0415 - torch is optional
+        from rollfleet.tensors.micro_batches import micro_batches  # noqa: PLC0415 - torch is optional
 
         said: dict[str, Any] = {"missing": "fill", **self.collate, **options}
         return micro_batches(self.rollouts, budget_tokens=budget_tokens, **said)

@@ -12,12 +12,12 @@ from typing import Any, Self, TypeVar
 
 from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
-from rollfleet.evaluation import Evaluation
-from rollfleet.freshness import Policy
-from rollfleet.opening import State
-from rollfleet.payloads import Accept
+from rollfleet.consume.evaluation import Evaluation
+from rollfleet.consume.payloads import Accept
+from rollfleet.policy.policies import Policy
+from rollfleet.run.open_run import State
 from rollfleet.settings import TrainerSettings
-from rollfleet.sources import Epochs
+from rollfleet.submit.resumable import Epochs
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.forks import Home

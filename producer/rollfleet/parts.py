@@ -5,24 +5,24 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from rollfleet.bias import BiasMeter
-from rollfleet.breaker import Breaker
-from rollfleet.capacity import Pacer
-from rollfleet.commit import Commits
-from rollfleet.consume import Consumer
-from rollfleet.forms import Forms
-from rollfleet.gather import Gather
-from rollfleet.guarded import Guarded
-from rollfleet.payloads import Accept, Payloads
-from rollfleet.reconcile import Reconciler
-from rollfleet.recover import recover
-from rollfleet.revive import Reviver
-from rollfleet.rollback import History
+from rollfleet.consume.batches import BatchSource
+from rollfleet.consume.payloads import Accept, Payloads
+from rollfleet.consume.reader import RolloutReader
+from rollfleet.consume.settler import Settler
+from rollfleet.policy.checked import CheckedPolicy
+from rollfleet.policy.metrics import BiasMeter
+from rollfleet.policy.version_history import VersionHistory
+from rollfleet.run.lease import TrainerLease
+from rollfleet.run.rebuild import Rebuilder
+from rollfleet.run.reconcile import Reconciler
+from rollfleet.run.recover import recover
+from rollfleet.run.watch import Watch
 from rollfleet.settings import TrainerSettings
-from rollfleet.sources import Mark
-from rollfleet.submit import Submitter
-from rollfleet.tenure import Tenure
-from rollfleet.watch import Watch
+from rollfleet.state.capacity import Pacer
+from rollfleet.submit.breaker import Breaker
+from rollfleet.submit.resumable import Mark
+from rollfleet.submit.submitter import Submitter
+from rollfleet.tensors.forms import Forms
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import NO_VERSION, Prompt
 
@@ -34,8 +34,8 @@ class Needs:
     """What the parts need of the fleet that they are built for."""
 
     settings: TrainerSettings
-    tenure: Tenure
-    policy: Guarded
+    tenure: TrainerLease
+    policy: CheckedPolicy
     meter: BiasMeter
     pacer: Pacer
     #: Clients whose connections may block, one a partition.
@@ -67,12 +67,12 @@ class Needs:
 class Parts:
     """Who submits, consumes, loads, commits, revives and gathers; made by :meth:`build`."""
 
-    consumer: Consumer
+    consumer: RolloutReader
     payloads: Payloads
-    commits: Commits
+    commits: Settler
     submitter: Submitter
-    reviver: Reviver
-    gather: Gather
+    reviver: Rebuilder
+    gather: BatchSource
     watch: Watch
 
     @classmethod
@@ -88,7 +88,7 @@ class Parts:
         last = int(needs.state.get("batch", 0))
         beyond = [int(number) for number in needs.state.get("beyond", ())]
         await recover(tenure.board, tenure.token, tenure.streams, last, needs.owed, beyond)
-        history = History(await tenure.board.rollbacks())
+        history = VersionHistory(await tenure.board.rollbacks())
         tenure.form = await tenure.board.form()
         number = max(await tenure.board.last_batch(), last)
         parts = cls()
@@ -98,7 +98,9 @@ class Parts:
         await parts.submitter.look()
         return parts
 
-    def _wire(self, needs: Needs, history: History, stood: Mapping[str, Any], number: int) -> None:
+    def _wire(
+        self, needs: Needs, history: VersionHistory, stood: Mapping[str, Any], number: int
+    ) -> None:
         s, tenure, line = needs.settings, needs.tenure, needs.tenure.line
 
         def version() -> int:
@@ -109,7 +111,7 @@ class Parts:
             self.submitter.credit.set()
 
         breaker = Breaker(s.breaker_deaths, s.breaker_prompts)
-        self.consumer = Consumer(
+        self.consumer = RolloutReader(
             token=tenure.token,
             streams=tenure.streams,
             readers=needs.readers,
@@ -138,7 +140,7 @@ class Parts:
             Forms(needs.collate.get("missing") == "error", tenure.form),
             tenure.fix,
         )
-        self.commits = Commits(
+        self.commits = Settler(
             board=tenure.board,
             token=tenure.token,
             streams=tenure.streams,
@@ -163,7 +165,7 @@ class Parts:
             out=needs.out,
             **stood,
         )
-        self.reviver = Reviver(
+        self.reviver = Rebuilder(
             token=tenure.token,
             board=tenure.board,
             streams=tenure.streams,
@@ -195,7 +197,7 @@ class Parts:
             version=version,
             moving=needs.moving,
         )
-        self.gather = Gather(
+        self.gather = BatchSource(
             settings=s,
             consumer=self.consumer,
             payloads=self.payloads,

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from rollfleet.batch import Batch
-from rollfleet.bias import BiasMeter
-from rollfleet.freshness import Policy
-from rollfleet.guarded import Guarded
-from rollfleet.rollback import History
+from rollfleet.policy.checked import CheckedPolicy
+from rollfleet.policy.metrics import BiasMeter
+from rollfleet.policy.policies import Policy
+from rollfleet.policy.version_history import VersionHistory
 from rollfleet_common.codec import decode_samples
 from rollfleet_common.errors import CodecError, RollfleetError, SettingsError
 from rollfleet_common.logs import get_logger
@@ -72,7 +72,7 @@ class Replay:
             )
         self.path = path
         self.version = int(state.get("version", 0))
-        self._policy = None if policy is None else Guarded(policy)
+        self._policy = None if policy is None else CheckedPolicy(policy)
         self._collate = dict(collate)
         self._last = int(state.get("replayed", 0))
         self._closed = False
@@ -242,9 +242,9 @@ def _order(rows: Sequence[Row]) -> Any:
     return lambda row: (place[row.header.group], row.header.index)
 
 
-def _histories(batches: Mapping[int, Sequence[Row]]) -> dict[int, History]:
+def _histories(batches: Mapping[int, Sequence[Row]]) -> dict[int, VersionHistory]:
     """What the trainer's history was at each batch, from the versions and epochs of their rows."""
-    histories: dict[int, History] = {}
+    histories: dict[int, VersionHistory] = {}
     rollbacks: list[tuple[int, int]] = []
     before, epoch = NO_VERSION, 0
     for number, rows in sorted(batches.items()):
@@ -253,9 +253,9 @@ def _histories(batches: Mapping[int, Sequence[Row]]) -> dict[int, History]:
             rollbacks.append((epoch + 1, at))
         epoch = max(epoch, *(row.header.epoch for row in rows))
         ahead = [r.header for r in rows if r.header.epoch < epoch and r.header.max_version > at]
-        if not all(map(History(rollbacks).lost, ahead)):
+        if not all(map(VersionHistory(rollbacks).lost, ahead)):
             rollbacks.append((epoch, at))  # before the first row: `at` is the most it went back to
-        histories[number], before = History(rollbacks), at
+        histories[number], before = VersionHistory(rollbacks), at
     return histories
 
 

@@ -18,14 +18,15 @@ from rollfleet_common import scripts
 from rollfleet_common.board import Board
 from rollfleet_common.errors import BrokerSetupError, SupersededError
 from rollfleet_common.keys import RunKeys
-from rollfleet_common.leases import Failure, FailureKind, Leases
+from rollfleet_common.leases import AttemptFailure, FailureKind, Leases
 from rollfleet_common.ledger import read_books
 from rollfleet_common.redis import connect, connect_sync, translate
-from rollfleet_common.servers import Server, Servers, ServerWeights, WeightState
+from rollfleet_common.servers import RegisteredServer, Servers, ServerWeights, WeightState
 from rollfleet_common.streams import Streams, Submission
-from rollfleet_console import dead, doctor
+from rollfleet_console import dead_letters
+from rollfleet_console.doctor import examine
 from rollfleet_console.record import record
-from rollfleet_console.snapshot import take
+from rollfleet_console.status.snapshot import take
 
 ACL = Path(__file__).parents[2] / "deploy" / "acl"
 ROLES = ("trainer", "worker", "console-readonly", "console-operator", "console-recorder")
@@ -149,7 +150,7 @@ async def stage(guarded: Guarded) -> None:
         await streams.make_groups(["default"])
         (claim,), _ = await streams.claim(worker, "w1", ["default"], 1, None)
         leases = Leases(worker, keys.partition(0), "w1")
-        await leases.fail(claim, Failure(FailureKind.DATA, "no", "w1"), None)
+        await leases.fail(claim, AttemptFailure(FailureKind.DATA, "no", "w1"), None)
 
 
 async def test_the_consoles_read_and_the_operator_sees_to_dead_letters(guarded: Guarded) -> None:
@@ -158,19 +159,22 @@ async def test_the_consoles_read_and_the_operator_sees_to_dead_letters(guarded: 
         async with connect(guarded.of(role), role="test") as client:
             snapshot = await take(client, RUN)
             assert (snapshot.books.balance, snapshot.books.waiting) == (0, 1)
-            report = await doctor.examine(client, RUN, lease_s=30, pause_s=0)
+            report = await examine.examine(client, RUN, lease_s=30, pause_s=0)
             blind = [f for f in report.findings if "permission" in f.what]
             assert [f.check for f in blind] == ["server"], blind
-            (letter,) = await dead.select(client, RUN)
+            (letter,) = await dead_letters.select(client, RUN)
             if role == "console-readonly":
-                for change in (dead.retry(client, RUN, letter), dead.purge(client, RUN, [letter])):
+                for change in (
+                    dead_letters.retry(client, RUN, letter),
+                    dead_letters.purge(client, RUN, [letter]),
+                ):
                     with pytest.raises(
                         ResponseError, match=r"(?i)permission|NOPERM|ACL|script can't"
                     ):
                         await change
             else:
-                assert await dead.retry(client, RUN, letter)
-                assert await dead.select(client, RUN) == []
+                assert await dead_letters.retry(client, RUN, letter)
+                assert await dead_letters.select(client, RUN) == []
                 assert (await take(client, RUN)).books.waiting == 2
 
 
@@ -215,17 +219,20 @@ async def test_who_says_which_servers_there_are_and_what_they_hold(guarded: Guar
         async with connect(guarded.of(role), role="test") as client:
             return await call(Servers(client, RunKeys(RUN)))
 
-    assert await registry("console-operator", lambda s: s.add(Server(SERVER)))
+    assert await registry("console-operator", lambda s: s.add(RegisteredServer(SERVER)))
     assert await registry("console-operator", lambda s: s.drain(SERVER))
     assert not await registry("console-operator", lambda s: s.drain("http://nobody:1"))
     await registry("trainer", lambda s: s.tell("t", [row]))
     for role in ROLES:
         if role != "console-recorder":
             known, weights = await registry(role, lambda s: s.read())
-            assert (known, weights) == ({SERVER: Server(SERVER, draining=True)}, {SERVER: row})
+            assert (known, weights) == (
+                {SERVER: RegisteredServer(SERVER, draining=True)},
+                {SERVER: row},
+            )
     for role in ("worker", "console-readonly", "trainer"):
         with pytest.raises(ResponseError, match=r"(?i)permission|NOPERM"):
-            await registry(role, lambda s: s.add(Server(SERVER)))
+            await registry(role, lambda s: s.add(RegisteredServer(SERVER)))
     for role in ("worker", "console-readonly", "console-operator"):
         with pytest.raises((ResponseError, SupersededError)):
             await registry(role, lambda s: s.tell("t", [row]))

@@ -23,9 +23,10 @@ from hypothesis.stateful import (
 )
 from model import Model
 
-from rollfleet.groups import Group as Gathered
-from rollfleet.groups import Groups, Member
-from rollfleet.recover import Plan, recover
+from rollfleet.records import Group as Gathered
+from rollfleet.records import Member, Plan
+from rollfleet.run.recover import recover
+from rollfleet.state.groups import Groups
 from rollfleet_common.board import Board
 from rollfleet_common.codec import decode_header
 from rollfleet_common.errors import SupersededError
@@ -316,7 +317,7 @@ class History(RuleBasedStateMachine):
             if closed is not None:
                 self.ready[closed.name] = closed
         for entry, tombstone in arrivals.tombstones:
-            if (closed := self.groups.bury(0, entry, tombstone)) is not None:
+            if (closed := self.groups.add_tombstone(0, entry, tombstone)) is not None:
                 self.ready[closed.name] = closed
         for group in self.model.groups.values():
             whole = not group.closed and self.model.came(group) == group.n

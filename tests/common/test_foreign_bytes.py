@@ -16,7 +16,7 @@ from fixtures.rig import INFRA, SHAPE, TOKEN, Rig, delivery_of, prompt_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollfleet.recover import Plan
+from rollfleet.records import Plan
 from rollfleet_common.errors import RollfleetError
 from rollfleet_common.ledger import read_books
 from rollfleet_common.redis import retry, translate
@@ -243,7 +243,7 @@ async def test_any_entry_among_the_prompts_is_put_aside(
     before = int(await rig.client.xlen(rig.part.dead))
     _, garbage = await rig.streams.claim(rig.client, "w1", ["default"], 9, None)
     for each in garbage:
-        await rig.leases().bury(each)
+        await rig.leases().quarantine(each)
     assert len(garbage) == 1
     assert await rig.client.xlen(rig.part.dead) == before + 1
     assert await rig.client.xlen(rig.part.prompts("default")) == 0
@@ -276,7 +276,7 @@ async def test_a_parked_prompt_that_cannot_be_read_dies_and_closes_its_group(
     assert promoted >= 1
     assert wait_ms <= 86_400_000
     for garbage in await rig.claim_garbage():
-        await rig.leases().bury(garbage)
+        await rig.leases().quarantine(garbage)
     (letter,) = await rig.dead()
     assert letter["g"] == "g"
     assert [t["r"] for t in await rig.tombstones()] == ["dead"]

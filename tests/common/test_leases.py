@@ -10,12 +10,12 @@ from redis.exceptions import OutOfMemoryError
 from support import wait_until_async
 
 from rollfleet_common.errors import FailureKind
-from rollfleet_common.leases import Failure, Leases, quarantine
+from rollfleet_common.leases import AttemptFailure, Leases, quarantine
 from rollfleet_common.messages import Claim, Kind
 from rollfleet_common.redis import connect
 from rollfleet_common.streams import Delivered, Garbage
 
-DATA = Failure(FailureKind.DATA, 'it said "no"\nand ended', "w1")
+DATA = AttemptFailure(FailureKind.DATA, 'it said "no"\nand ended', "w1")
 
 
 async def _pending(rig: Rig) -> dict[str, tuple[str, int, int]]:
@@ -407,8 +407,8 @@ async def test_an_undecodable_prompt_of_ours_dies_and_closes_its_group(rig: Rig)
     _, claim = await rig.claim()
     ((_, fields),) = await rig.client.xrange(rig.part.prompts("default"), claim.entry, claim.entry)
     garbage = Garbage(claim.entry, "wire version 9", fields, "default")
-    await rig.leases().bury(garbage)
-    await rig.leases().bury(garbage)
+    await rig.leases().quarantine(garbage)
+    await rig.leases().quarantine(garbage)
     books = await rig.books()
     assert (books.dead, books.dead_letters, books.in_flight, books.outstanding) == (1, 1, 1, 1)
     (letter,) = await rig.dead()
@@ -433,8 +433,8 @@ async def test_garbage_is_kept_among_the_dead_outside_the_law(rig: Rig, fields: 
     await rig.submit(prompt_of("g", 1))
     entry = await rig.client.xadd(rig.part.prompts("default"), fields)
     claims, (bad,) = await rig.streams.claim(rig.client, "w1", ["default"], 9, None)
-    await rig.leases().bury(bad)
-    await rig.leases().bury(bad)
+    await rig.leases().quarantine(bad)
+    await rig.leases().quarantine(bad)
     books = await rig.books()
     assert (books.dead, books.dead_letters, books.counters["garbage"]) == (0, 1, 1)
     assert books.in_flight == len(claims) == 1
@@ -460,7 +460,7 @@ async def test_garbage_that_another_worker_holds_by_now_is_left_to_it(rig: Rig):
     (claim,) = await rig.claim()
     ((_, fields),) = await rig.client.xrange(rig.part.prompts("default"))
     await rig.leases("w2").reclaim(rig.streams, "default", 0, 1)
-    await rig.leases().bury(Garbage(claim.entry, "?", fields, "default"))
+    await rig.leases().quarantine(Garbage(claim.entry, "?", fields, "default"))
     assert (await rig.books()).in_flight == 1
 
 
@@ -480,7 +480,7 @@ async def test_reap_forgets_the_idle_but_never_who_holds_a_lease(rig: Rig):
 
 
 def test_a_failure_is_recorded_in_one_bounded_line():
-    record = Failure(FailureKind.INFRA, "x\n" * 10_000, "w").record(3, 17)
+    record = AttemptFailure(FailureKind.INFRA, "x\n" * 10_000, "w").record(3, 17)
     assert "\n" not in record
     assert len(record) < 2000
     assert json.loads(record)["attempt"] == 3

@@ -21,7 +21,7 @@ from rollfleet_common.errors import (
     RunnerTimeoutError,
     TaskQueueFullError,
 )
-from rollfleet_common.runner import Outcome, Sizes, TaskRunner
+from rollfleet_common.runner import Sizes, TaskOutcome, TaskRunner
 
 #: Seconds: a bound for what must happen at once, generous for a loaded machine.
 SOON = 20.0
@@ -72,7 +72,7 @@ async def for_ever() -> None:
     await asyncio.Event().wait()
 
 
-def values(outcomes: list[Outcome[Any]]) -> list[Any]:
+def values(outcomes: list[TaskOutcome[Any]]) -> list[Any]:
     return [outcome.result() for outcome in outcomes]
 
 
@@ -759,7 +759,7 @@ def test_under_any_load_each_task_has_exactly_one_outcome(
                     time.sleep(0.0002)
         return ids
 
-    collected: list[Outcome[Any]] = []
+    collected: list[TaskOutcome[Any]] = []
     lock = threading.Lock()
 
     def consume(which: int) -> None:
@@ -808,7 +808,7 @@ def test_under_any_load_each_task_has_exactly_one_outcome(
 def test_stops_and_starts_amid_submitting_threads_conserve_every_task():
     runner = TaskRunner[Any](4, max_waiting=8, max_done=64)
     taken: list[int] = []
-    outcomes: list[Outcome[Any]] = []
+    outcomes: list[TaskOutcome[Any]] = []
     over = threading.Event()
 
     async def work(ticks: int) -> None:
@@ -831,8 +831,8 @@ def test_stops_and_starts_amid_submitting_threads_conserve_every_task():
                 mine.append(task_id)
         return mine
 
-    def consume() -> list[Outcome[Any]]:
-        mine: list[Outcome[Any]] = []
+    def consume() -> list[TaskOutcome[Any]]:
+        mine: list[TaskOutcome[Any]] = []
         while not over.is_set():
             got = attempt(lambda: runner.wait(2, 0.01))
             mine.extend(got or [])

@@ -9,7 +9,7 @@ from fixtures.rig import Rig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollfleet.releases import strangers
+from rollfleet.run.releases import strangers
 from rollfleet_common import schemas
 from rollfleet_common.codec import SchemaError, decode_prompt, encode_prompt
 from rollfleet_common.keys import PartitionKeys

@@ -130,7 +130,7 @@ async def live(client: Any, run: str = "life") -> None:
     leases, others = Leases(client, part, "w1"), Leases(client, part, "w2")
     claims, garbage = await streams.claim(client, "w1", ["default"], 100, None)
     assert (len(claims), len(garbage)) == (8, 1)
-    await leases.bury(garbage[0])
+    await leases.quarantine(garbage[0])
     a, b, p = claims[:3], claims[3:6], claims[6:]
     assert await leases.renew("default", [c.entry for c in claims]) == []
     assert await leases.fail(a[0], INFRA, 0)

@@ -5,7 +5,7 @@ from fixtures.rig import TOKEN, Rig
 
 from rollfleet_common.errors import SettingsError, SupersededError
 from rollfleet_common.servers import (
-    Server,
+    RegisteredServer,
     Servers,
     ServerWeights,
     WeightState,
@@ -56,24 +56,27 @@ def test_the_name_of_a_server_holds_no_password():
 @pytest.mark.parametrize("url", ["http://user:pw@h", "http://h/", "http://h:80", "HTTP://h"])
 async def test_a_url_that_is_written_otherwise_is_not_registered(servers: Servers, url: str):
     with pytest.raises(SettingsError, match="cannot be registered") as caught:
-        await servers.add(Server(url))
+        await servers.add(RegisteredServer(url))
     assert "pw" not in str(caught.value)
 
 
 async def test_servers_come_go_and_drain(servers: Servers):
     assert await servers.read() == ({}, {})
-    assert await servers.add(Server(A, "vllm", added_ms=7))
-    assert await servers.add(Server(B))
-    assert not await servers.add(Server(B, "sglang"))
+    assert await servers.add(RegisteredServer(A, "vllm", added_ms=7))
+    assert await servers.add(RegisteredServer(B))
+    assert not await servers.add(RegisteredServer(B, "sglang"))
     assert await servers.drain(A)
     assert not await servers.drain("http://nobody:1")
     known, _ = await servers.read()
-    assert known == {A: Server(A, "vllm", draining=True, added_ms=7), B: Server(B, "sglang")}
+    assert known == {
+        A: RegisteredServer(A, "vllm", draining=True, added_ms=7),
+        B: RegisteredServer(B, "sglang"),
+    }
     assert await servers.drain(A, draining=False)
     assert await servers.remove(B)
     assert not await servers.remove(B)
     known, _ = await servers.read()
-    assert known == {A: Server(A, "vllm", added_ms=7)}
+    assert known == {A: RegisteredServer(A, "vllm", added_ms=7)}
 
 
 async def test_every_change_wakes_who_follows_the_board(rig: Rig, servers: Servers):
@@ -81,7 +84,7 @@ async def test_every_change_wakes_who_follows_the_board(rig: Rig, servers: Serve
         return int(await rig.client.xlen(rig.keys.news))
 
     before = await wakes()
-    await servers.add(Server(A))
+    await servers.add(RegisteredServer(A))
     await servers.drain(A)
     await servers.remove(A)
     await servers.tell(TOKEN, [ServerWeights(A, WeightState.SERVING, 1)])
@@ -90,7 +93,7 @@ async def test_every_change_wakes_who_follows_the_board(rig: Rig, servers: Serve
 
 async def test_operators_at_once_lose_no_server(servers: Servers):
     urls = [f"http://10.0.0.{i}:8000" for i in range(20)]
-    await asyncio.gather(*(servers.add(Server(url)) for url in urls))
+    await asyncio.gather(*(servers.add(RegisteredServer(url)) for url in urls))
     known, _ = await servers.read()
     assert sorted(known) == sorted(urls)
 
@@ -120,7 +123,7 @@ async def test_a_trainer_that_was_superseded_says_nothing_any_more(servers: Serv
 
 
 async def test_a_row_that_makes_no_sense_hides_no_other(rig: Rig, servers: Servers):
-    await servers.add(Server(A))
+    await servers.add(RegisteredServer(A))
     await rig.client.hset(rig.keys.servers, "http://x:1", b"\xff no json")
     await rig.client.hset(rig.keys.weights, "http://x:1", b'{"state": "flying"}')
     await rig.client.hset(rig.keys.weights, "http://x:2", b'{"state": "serving", "new": 1}')

@@ -287,7 +287,7 @@ async def test_an_entry_deleted_while_pending_reads_as_garbage(rig: Rig):
     await rig.client.xdel(rig.part.prompts("default"), claim.entry)
     made = rig.streams.read_claim("default", claim.entry, {})
     assert isinstance(made, Garbage)
-    await rig.leases().bury(made)
+    await rig.leases().quarantine(made)
     summary = await rig.client.xpending(rig.part.prompts("default"), "workers")
     assert summary["pending"] == 0
 

@@ -149,7 +149,7 @@ def test_worker_help_tells_every_setting() -> None:
             [
                 "worker",
                 "--workflow",
-                "rollfleet_console.demo.workflow:Sort",
+                "rollfleet_demo.workflow:Sort",
                 "--redis-url",
                 "redis://:sesame@[bad",
             ],
@@ -234,9 +234,9 @@ def test_check_of_a_worker_that_is_not_there() -> None:
 
 def test_demo_hands_on_only_what_was_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[dict[str, Any]] = []
-    job = ModuleType("rollfleet_console.demo.job")
+    job = ModuleType("rollfleet_demo.job")
     job.main = given.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rollfleet_console.demo.job", job)
+    monkeypatch.setitem(sys.modules, "rollfleet_demo.job", job)
     report = tmp_path / "r.json"
     args = ["demo", "--steps", "3", "--report", str(report), "--kill-worker-at", "2"]
     assert CliRunner().invoke(app, args).exit_code == 0

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from rollfleet_common.errors import BrokerUnavailableError
 from rollfleet_common.redis import connect_sync, retry
 from rollfleet_common.streams import Streams
-from rollfleet_console import dead, doctor
+from rollfleet_console import dead_letters
 from rollfleet_console.cli import app
+from rollfleet_console.doctor import examine
 from rollfleet_console.record import record
-from rollfleet_console.snapshot import take
+from rollfleet_console.status.snapshot import take
 
 
 @pytest.fixture
@@ -76,8 +77,8 @@ async def test_a_snapshot_is_whole_and_reads_nothing_in_a_transaction(full: str)
         assert (snapshot.routes[0].waiting, snapshot.routes[0].in_flight) == (5, 1)
         assert snapshot.routes[0].delayed == 1
         assert snapshot.routes[0].oldest_waiting_s is not None
-        await doctor.examine(run.client, "staged", pause_s=0)
-        (letter,) = await dead.select(run.client, "staged")
+        await examine.examine(run.client, "staged", pause_s=0)
+        (letter,) = await dead_letters.select(run.client, "staged")
         assert letter.prompt is not None
         assert "cmdstat_multi" not in await run.client.info("commandstats")
 

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from rollfleet_common.errors import BrokerError
 from rollfleet_common.logs import configure_logs, get_logger
 from rollfleet_common.servers import ServerWeights, WeightState
-from rollfleet_console import cli, dead, doctor, fleet_servers, status
+from rollfleet_console import cli, dead_letters
 from rollfleet_console.cli import app
-from rollfleet_console.reach import show
-from rollfleet_console.snapshot import take
+from rollfleet_console.commands.options import show
+from rollfleet_console.doctor import examine
+from rollfleet_console.status import render, servers
+from rollfleet_console.status.snapshot import take
 
 #: Clear the screen, change the title, go up, C1, overrides of direction, markup, a lone surrogate.
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\x08\x9b1A\u202eevil\u2066[red]x[/red][/]\ud800\x00\n\t"
@@ -106,7 +108,7 @@ async def test_no_command_prints_what_a_terminal_would_obey(redis_url: str) -> N
         await plant(staged, HOSTILE)
         for command in COMMANDS:
             await asyncio.to_thread(run, redis_url, *command)
-        async for letter in dead.read(staged.client, "staged"):
+        async for letter in dead_letters.read(staged.client, "staged"):
             for more in ([], ["--json"]):
                 await asyncio.to_thread(run, redis_url, "dead", "show", letter.id, *more)
 
@@ -123,15 +125,15 @@ async def test_any_text_in_any_field_is_drawn_safely(redis_url: str, text: str) 
         await staged.claim("w0", 1)
         await plant(staged, text)
         snapshot = await take(staged.client, "staged")
-        letters = await dead.select(staged.client, "staged")
-        report = await doctor.examine(staged.client, "staged", pause_s=0)
+        letters = await dead_letters.select(staged.client, "staged")
+        report = await examine.examine(staged.client, "staged", pause_s=0)
         for width in (80, 200):
             for drawn in (
-                status.render(snapshot),
-                fleet_servers.render_servers(snapshot.servers),
-                dead.render_list(letters),
-                *map(dead.render_letter, letters),
-                doctor.render(report),
+                render.render(snapshot),
+                servers.render_servers(snapshot.servers),
+                dead_letters.render_list(letters),
+                *map(dead_letters.render_letter, letters),
+                examine.render(report),
             ):
                 console = Console(width=width, highlight=False)
                 with console.capture() as captured:
@@ -186,14 +188,14 @@ def test_what_goes_into_a_pipe_is_not_wrapped(
 
 
 def test_a_narrow_terminal_has_room_for_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    from rollfleet_console.views import FleetServer  # noqa: PLC0415
+    from rollfleet_console.status.views import FleetServer  # noqa: PLC0415
 
     why = "it answered 500 to /v1/completions five times in a row: CUDA out of memory"
     server = FleetServer(
         "http://10.0.0.1:8000", True, "vllm", False, "stale", 3, why, {"out": 2}, 0, 8, (3,)
     )
     for width in (80, 200):
-        Console(width=width, highlight=False).print(fleet_servers.render_servers((server,)))
+        Console(width=width, highlight=False).print(servers.render_servers((server,)))
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 4
         assert max(map(len, lines)) <= width

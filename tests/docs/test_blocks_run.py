@@ -29,8 +29,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import rollfleet
 from rollfleet_common.codec import encode_header, encode_samples
 from rollfleet_common.recording import Writer
-from rollfleet_console.demo.model import Policy, save
-from rollfleet_console.demo.task import decode, encode
+from rollfleet_demo.model import TinyPolicy, save
+from rollfleet_demo.task import decode, encode
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -156,16 +156,14 @@ def test_the_trainer_of_the_readme_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     start = tmp_path / "v0.safetensors"
-    save(Policy(seed=0), start, 0)
+    save(TinyPolicy(seed=0), start, 0)
     server = processes.start(
-        *("-m", "rollfleet_console.demo.server", "--version=0", f"--weights={start}"), name="server"
+        *("-m", "rollfleet_demo.server", "--version=0", f"--weights={start}"), name="server"
     )
     url = wait_until(
         lambda: re.findall(r'"url": "([^"]+)"', server.text), "the server to serve", 60.0
     )[0]
-    processes.worker(
-        redis_url, "sort", "rollfleet_console.demo.workflow:Sort", server=url, stop_token_id=1
-    )
+    processes.worker(redis_url, "sort", "rollfleet_demo.workflow:Sort", server=url, stop_token_id=1)
     code.run(
         {},
         redis=f"embedded:///tmp/sort -> {redis_url}",

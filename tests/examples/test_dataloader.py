@@ -7,7 +7,7 @@ import pytest
 from fixtures.fleet_processes import Process, Processes
 from support import wait_until
 
-from rollfleet_console.demo.model import Policy, save
+from rollfleet_demo.model import TinyPolicy, save
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "dataloader.py")
 SAMPLES = 32
@@ -28,15 +28,13 @@ def steps(trainer: Process) -> list[int]:
 def test_killed_and_started_again(redis_url: str, processes: Processes, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
-    save(Policy(seed=0), weights / "v0.safetensors", 0)  # as the example makes it
+    save(TinyPolicy(seed=0), weights / "v0.safetensors", 0)  # as the example makes it
     arguments = ["--version=0", f"--weights={weights}/v0.safetensors"]
-    server = processes.start("-m", "rollfleet_console.demo.server", *arguments, name="server")
+    server = processes.start("-m", "rollfleet_demo.server", *arguments, name="server")
     url = wait_until(
         lambda: re.findall(r'"url": "([^"]+)"', server.text), "the server to serve", PATIENCE_S
     )[0]
-    processes.worker(
-        redis_url, "sort", "rollfleet_console.demo.workflow:Sort", server=url, stop_token_id=1
-    )
+    processes.worker(redis_url, "sort", "rollfleet_demo.workflow:Sort", server=url, stop_token_id=1)
 
     def trainer(count: int) -> Process:
         flags = {

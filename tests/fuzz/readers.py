@@ -8,7 +8,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rollfleet.recover import Plan
+from rollfleet.records import Plan
 from rollfleet_common.board import Shape
 from rollfleet_common.codec import (
     decode_header,
@@ -23,8 +23,8 @@ from rollfleet_common.keys import PartitionKeys
 from rollfleet_common.messages import Claim
 from rollfleet_common.streams import Garbage, Streams, _read_header, _read_tombstone, _sort
 from rollfleet_common.validate import check_samples
-from rollfleet_console.dead import _letter
-from rollfleet_console.snapshot import _read_cards, _worker
+from rollfleet_console.dead_letters import _letter
+from rollfleet_console.status.snapshot import _read_cards, _worker
 
 __all__ = ["MESSAGES", "RECORDS"]
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rollfleet_common.errors import RollfleetError
-from rollfleet_console.demo.vllm_server import VllmServer, find_vllm
+from rollfleet_demo.vllm_server import VllmServer, find_vllm
 
 __all__ = ["main"]
 

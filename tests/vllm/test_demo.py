@@ -7,7 +7,7 @@ import sys
 from fixtures.fleet_processes import clean_environment
 from fixtures.real_vllm import BIN, needs_model
 
-from rollfleet_console.demo.judge import TOLERANCE
+from rollfleet_demo.judge import TOLERANCE
 
 pytestmark = needs_model
 

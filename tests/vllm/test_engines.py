@@ -6,8 +6,8 @@ import pytest
 from fixtures.real_vllm import URL, request_of
 
 from rollfleet_common.errors import EngineUnavailableError, StaleServerError
-from rollfleet_worker.inference.detect import AutoEngine, make_engine
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_engines.detect import AutoEngine, make_engine
+from rollfleet_engines.vllm import VllmEngine
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from fixtures.real_vllm import URL, Control, needs_model
 
 import rollfleet
 from rollfleet_common.messages import VersionSpans
-from rollfleet_worker.inference.engine import Generation
+from rollfleet_engines.interface import Generation
 
 pytestmark = needs_model
 

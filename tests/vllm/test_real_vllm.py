@@ -13,10 +13,10 @@ import pytest
 from fixtures.real_vllm import LONG, URL, needs_model, request_of, running
 
 from rollfleet_common.errors import EngineRefusedError, EngineUnavailableError
-from rollfleet_worker.inference.pool import EnginePool
-from rollfleet_worker.inference.segments import Resumer
-from rollfleet_worker.inference.siblings import SiblingEngine
-from rollfleet_worker.inference.vllm import Route, VllmEngine
+from rollfleet_engines.vllm import Route, VllmEngine
+from rollfleet_worker.pool.coalesce import CoalescingEngine
+from rollfleet_worker.pool.pool import EnginePool
+from rollfleet_worker.pool.resuming import Resumer
 
 ROUTES: list[Route] = ["generate", "completions"]
 
@@ -164,7 +164,7 @@ async def test_a_wrong_model_is_the_set_up(control):
 
 
 async def test_siblings_through_a_pool(control):
-    engine = SiblingEngine(EnginePool([VllmEngine(URL)], per_server_cap=8))
+    engine = CoalescingEngine(EnginePool([VllmEngine(URL)], per_server_cap=8))
     made = await asyncio.gather(
         *(engine.generate(replace(request_of(), affinity=str(i // 4))) for i in range(32))
     )

@@ -10,12 +10,12 @@ import pytest
 from fixtures.real_vllm import LONG, URL, Control, needs_model, request_of, running
 from fixtures.refits import Board, Make, make, states
 
-from rollfleet.refits.drivers import Weights
-from rollfleet.refits.healer import Healer
+from rollfleet.weight_sync.repair import Repairer
 from rollfleet_common.errors import RefitError
 from rollfleet_common.servers import WeightState
-from rollfleet_worker.inference.resume import ABORTED
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_engines.control import Weights
+from rollfleet_engines.resume import ABORTED
+from rollfleet_engines.vllm import VllmEngine
 
 __all__ = ["make"]
 
@@ -76,7 +76,7 @@ async def test_weights_that_cannot_be_loaded_end_what_runs_and_the_healer_brings
         assert (cut.finish_reason, set(cut.versions.versions.tolist())) == (ABORTED, {1})
         assert (await states(refits))[URL] == (WeightState.STALE, 1)
         assert refits.current is not None
-        await Healer(refits).look(refits.current)
+        await Repairer(refits).look(refits.current)
         await asyncio.gather(*refits.healing.values())
         assert (await states(refits))[URL] == (WeightState.SERVING, 1)
         np.testing.assert_allclose(await logprobs(engine, 20), good, atol=1e-4)

@@ -10,9 +10,9 @@ from fixtures.real_vllm import URL, Control, needs_model, request_of, running, s
 from support import wait_until_async
 
 from rollfleet_common.errors import EngineUnavailableError
-from rollfleet_worker.inference.pool import EnginePool, ServerState
-from rollfleet_worker.inference.segments import Resumer
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_engines.vllm import VllmEngine
+from rollfleet_worker.pool.pool import EnginePool, ServerState
+from rollfleet_worker.pool.resuming import Resumer
 
 pytestmark = needs_model
 

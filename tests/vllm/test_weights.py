@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from fixtures.real_vllm import LONG, TOLERANCE, URL, needs_model, request_of, running
 
-from rollfleet_worker.inference.pool import EnginePool
-from rollfleet_worker.inference.segments import Resumer
-from rollfleet_worker.inference.siblings import SiblingEngine
-from rollfleet_worker.inference.vllm import VllmEngine
+from rollfleet_engines.vllm import VllmEngine
+from rollfleet_worker.pool.coalesce import CoalescingEngine
+from rollfleet_worker.pool.pool import EnginePool
+from rollfleet_worker.pool.resuming import Resumer
 
 pytestmark = needs_model
 
@@ -74,7 +74,7 @@ async def test_waiting_for_the_end_gives_whole_generations(engine, control, forw
 
 
 async def test_reloads_under_a_crowd_leaves_nothing_mislabelled(control, forward):
-    engine = SiblingEngine(EnginePool([VllmEngine(URL, route="generate")], per_server_cap=32))
+    engine = CoalescingEngine(EnginePool([VllmEngine(URL, route="generate")], per_server_cap=32))
     ended = asyncio.Event()
 
     async def crowd(seat):

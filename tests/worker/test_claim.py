@@ -8,7 +8,7 @@ import pytest
 from fixtures.rig import Rig, delivery_of, prompt_of
 from support import wait_until_async
 
-from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.leases import AttemptFailure, Leases
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import connect
 from rollfleet_worker.claim import TURN_MS, Claimer
@@ -25,7 +25,7 @@ class Worker:
         self.name = name
         self.paused = False
         self.begun: list[Claim] = []
-        self.refused: list[tuple[Claim, Failure]] = []
+        self.refused: list[tuple[Claim, AttemptFailure]] = []
         self.alive: set[str] = set()
         #: Whether episodes end, and those that began.
         self.ends = False

@@ -15,14 +15,14 @@ from fixtures.workflows import answer
 
 from rollfleet_common.codec import decode_header, decode_samples, encode_header
 from rollfleet_common.errors import FailureKind
-from rollfleet_common.leases import Failure
+from rollfleet_common.leases import AttemptFailure
 from rollfleet_common.limits import Limits
 from rollfleet_common.messages import Claim, PolicyVersion, Prompt, Sample, VersionSpans
 from rollfleet_common.streams import Delivery
 from rollfleet_common.validate import check_samples
+from rollfleet_engines.interface import Sampling
 from rollfleet_worker.deliver import Outbox
 from rollfleet_worker.episode import Episodes
-from rollfleet_worker.inference.engine import Sampling
 from rollfleet_worker.metrics import Metrics
 from rollfleet_worker.settings import WorkerSettings
 
@@ -40,7 +40,7 @@ class Returns:
         return self.made(prompt, context) if callable(self.made) else self.made
 
 
-def outcome_of(made: Any) -> Delivery | Failure:
+def outcome_of(made: Any) -> Delivery | AttemptFailure:
     """What comes of an episode whose workflow returns `made`."""
     episodes = Episodes(
         worker="w1",
@@ -214,7 +214,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("made", "says"), HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_sample_is_a_data_failure_that_says_what_is_wrong(made: Any, says: str) -> None:
     failure = outcome_of(made)
-    assert isinstance(failure, Failure), failure
+    assert isinstance(failure, AttemptFailure), failure
     assert failure.kind is FailureKind.DATA
     assert says in failure.detail
     failure.detail.encode()

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from rollfleet_common.clock import Clock
 from rollfleet_common.errors import FailureKind
-from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.leases import AttemptFailure, Leases
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import is_transient, retry, translate
@@ -60,7 +60,7 @@ class Claimer:
         metrics: Metrics,
         gate: Callable[[], Awaitable[None]],
         spawn: Callable[[Claim], None],
-        refuse: Callable[[Claim, Failure], None],
+        refuse: Callable[[Claim, AttemptFailure], None],
         owns: Callable[[Claim], bool],
         on_wait: Callable[[Exception, float], None],
         alone: bool,
@@ -207,7 +207,9 @@ class Claimer:
                     continue  # our own renewal was late; it runs here
                 elif deliveries > poison:
                     detail = f"its worker died {deliveries - 1} times, last {owner}"
-                    self.refuse(claim, Failure(FailureKind.POISON, detail, self.leases.worker))
+                    self.refuse(
+                        claim, AttemptFailure(FailureKind.POISON, detail, self.leases.worker)
+                    )
                 else:
                     log.info(
                         "lease taken over",
@@ -231,7 +233,7 @@ class Claimer:
     async def _bury(self, garbage: Garbage) -> None:
         log.error("garbage on the prompts stream", entry=garbage.entry, why=printable(garbage.why))
         self.metrics.garbage.inc()
-        await self.leases.bury(garbage)
+        await self.leases.quarantine(garbage)
 
     def _lost_groups(self, exc: Exception) -> bool:
         """Whether the streams were lost under us (flushed, failed over): make the groups anew."""

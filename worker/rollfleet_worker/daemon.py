@@ -29,7 +29,7 @@ from rollfleet_common.clock import Clock
 from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import BrokerSetupError, RollfleetError
 from rollfleet_common.keys import RunKeys, check_name
-from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.leases import AttemptFailure, Leases
 from rollfleet_common.logs import configure_logs, get_logger
 from rollfleet_common.messages import NO_VERSION, Claim, Kind, PolicyVersion
 from rollfleet_common.redis import check_server, connect, retry, safe_url
@@ -38,19 +38,19 @@ from rollfleet_common.schemas import RELEASE, Schemas, clash, spoken
 from rollfleet_common.servers import server_name
 from rollfleet_common.streams import Streams
 from rollfleet_common.tasks import cancel_all
+from rollfleet_engines.interface import Sampling
+from rollfleet_worker.build import build_engine, build_pool, card_servers
 from rollfleet_worker.claim import BLOCK_MS, Claimer
 from rollfleet_worker.deliver import Outbox
 from rollfleet_worker.episode import Episodes
 from rollfleet_worker.follow import Follower
 from rollfleet_worker.health import HealthServer
+from rollfleet_worker.heartbeat import Heartbeat
 from rollfleet_worker.idle import Facts, Idle, explain
-from rollfleet_worker.inference.engine import Sampling
-from rollfleet_worker.inference.pool import EnginePool
 from rollfleet_worker.metrics import Metrics
-from rollfleet_worker.progress import Parking
-from rollfleet_worker.pulse import Pulse
+from rollfleet_worker.partials.progress import PartialStore
+from rollfleet_worker.pool.pool import EnginePool
 from rollfleet_worker.rewards.base import RewardPool
-from rollfleet_worker.serving import build_pool, card_servers, faced
 from rollfleet_worker.settings import WorkerSettings
 from rollfleet_worker.slots import Slots
 from rollfleet_worker.workflows.base import load_workflow
@@ -85,7 +85,7 @@ class Worker:
         self.metrics = Metrics()
         self.slots = Slots(settings.slots)
         self.pool: EnginePool | None = None
-        self.parking: Parking | None = None
+        self.parking: PartialStore | None = None
         #: Whether a workflow says that it does nothing without an inference server.
         self._needs_server = False
         self.follower: Follower | None = None
@@ -124,10 +124,10 @@ class Worker:
             outcome = await self.episodes.run(claim, policy, progress)
         finally:
             self._free(claim)
-        self._counts["failed" if isinstance(outcome, Failure) else "delivered"] += 1
+        self._counts["failed" if isinstance(outcome, AttemptFailure) else "delivered"] += 1
         await self.outboxes[claim.partition].deliver(claim, outcome)
         if progress is not None:
-            progress.settle(outcome if isinstance(outcome, Failure) else None)
+            progress.settle(outcome if isinstance(outcome, AttemptFailure) else None)
 
     def _spawn(self, claim: Claim) -> None:
         policy = self._follower.policy
@@ -144,7 +144,7 @@ class Worker:
         if self._running.pop(_key(claim), None) is not None:
             self.slots.give()
 
-    def _refuse(self, claim: Claim, failure: Failure) -> None:
+    def _refuse(self, claim: Claim, failure: AttemptFailure) -> None:
         self._track(claim, self.outboxes[claim.partition].deliver(claim, failure))
 
     def _track(self, claim: Claim, life: Any) -> None:
@@ -334,9 +334,11 @@ class Worker:
         rewards = RewardPool(s.reward_processes, s.reward_timeout_s)
         pool = self.pool = build_pool(s, self.metrics, self.clock)
         self._needs_server = any(getattr(w, "needs_server", False) for w in workflows.values())
-        engine = faced(pool, s, self.metrics)
+        engine = build_engine(pool, s, self.metrics)
         if s.park:
-            self.parking = Parking(client, self.keys, engine, self.metrics, s.max_rollout_bytes)
+            self.parking = PartialStore(
+                client, self.keys, engine, self.metrics, s.max_rollout_bytes
+            )
         health = HealthServer(self.metrics, self.why_not)
         self.metrics.slots.set(s.slots)
         self.episodes = Episodes(
@@ -416,7 +418,7 @@ class Worker:
         tasks: list[asyncio.Task[Any]] = [following]
         failed: asyncio.Task[Any] | None = None
         claiming: list[asyncio.Task[None]] = []
-        pulse: Pulse | None = None
+        pulse: Heartbeat | None = None
         try:
             await _first(follower.opened.wait(), self._stopping.wait(), following)
             if following.done():  # before the run was opened: no board can be read
@@ -440,7 +442,7 @@ class Worker:
         finally:
             await cancel_all([*tasks, *claiming])
 
-    def _build(self, client: Any, url: str, readers: list[Any], partitions: int) -> Pulse:
+    def _build(self, client: Any, url: str, readers: list[Any], partitions: int) -> Heartbeat:
         self.claimers: list[Claimer] = []
         all_leases: list[Leases] = []
         for partition in range(partitions):
@@ -470,7 +472,7 @@ class Worker:
                     paused=lambda: self._follower.paused,
                 )
             )
-        return Pulse(
+        return Heartbeat(
             client=client,
             keys=self.keys,
             leases=all_leases,
@@ -502,7 +504,7 @@ class Worker:
     async def _drain(
         self,
         claiming: Sequence["asyncio.Task[None]"],
-        pulse: Pulse | None,
+        pulse: Heartbeat | None,
         failed: "asyncio.Task[Any] | None",
     ) -> int:
         code = OK if failed is None else REFUSED if _is_setup(failed) else DEFECT
@@ -535,7 +537,7 @@ class Worker:
         log.info("worker stopped", code=code, **self._counts)
         return code
 
-    async def _take_down(self, pulse: Pulse) -> None:
+    async def _take_down(self, pulse: Heartbeat) -> None:
         """Remove the card; one that stays while Redis is away is swept by the other workers."""
         try:
             async with asyncio.timeout(1.0):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from redis.exceptions import RedisError
 
 from rollfleet_common.errors import FailureKind, RollfleetError
-from rollfleet_common.leases import Failure, Leases
+from rollfleet_common.leases import AttemptFailure, Leases
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Claim
 from rollfleet_common.redis import retry
@@ -68,9 +68,9 @@ class Outbox:
         """Send no further rollouts: who reads them now could not. What waits keeps its lease."""
         self._shut = True
 
-    async def deliver(self, claim: Claim, outcome: Delivery | Failure) -> None:
+    async def deliver(self, claim: Claim, outcome: Delivery | AttemptFailure) -> None:
         """Hand in an outcome; returns when Redis has taken or refused it."""
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, AttemptFailure):
             await self._fail(claim, outcome)
             return
         waiting = _Waiting(outcome, asyncio.get_running_loop().create_future())
@@ -84,7 +84,7 @@ class Outbox:
         except Exception as exc:
             log.exception("a rollout cannot be sent", group=outcome.header.group)
             detail = f"its rollout cannot be sent: {type(exc).__name__}: {exc}"
-            await self._fail(claim, Failure(FailureKind.DATA, detail, self.leases.worker))
+            await self._fail(claim, AttemptFailure(FailureKind.DATA, detail, self.leases.worker))
             return
         finally:
             self.bytes -= len(outcome.payload)
@@ -149,7 +149,7 @@ class Outbox:
             else:
                 item.done.set_result(state)
 
-    async def _fail(self, claim: Claim, failure: Failure) -> None:
+    async def _fail(self, claim: Claim, failure: AttemptFailure) -> None:
         delay_ms = retry_delay_ms(claim, failure, self.settings)
         then = "dead" if delay_ms is None else "retry"
         self.metrics.failed.labels(failure.kind.value, then).inc()
@@ -181,7 +181,7 @@ class Outbox:
             )
 
 
-def retry_delay_ms(claim: Claim, failure: Failure, settings: WorkerSettings) -> int | None:
+def retry_delay_ms(claim: Claim, failure: AttemptFailure, settings: WorkerSettings) -> int | None:
     """How long the prompt waits for its next attempt; None when its budget for this kind is spent.
 
     Full jitter: drawn uniformly between 0 and a bound that doubles with every failure of the kind.

@@ -23,7 +23,7 @@ from rollfleet_common.errors import (
     OversizeError,
     boundary,
 )
-from rollfleet_common.leases import Failure
+from rollfleet_common.leases import AttemptFailure
 from rollfleet_common.limits import Limits
 from rollfleet_common.messages import (
     Claim,
@@ -35,9 +35,9 @@ from rollfleet_common.messages import (
 )
 from rollfleet_common.streams import Delivery
 from rollfleet_common.validate import check_samples
-from rollfleet_worker.inference.engine import Completes, Sampling, TextEngine
+from rollfleet_engines.interface import Completes, Sampling, TextEngine
 from rollfleet_worker.metrics import Metrics
-from rollfleet_worker.progress import Progress
+from rollfleet_worker.partials.progress import Progress
 from rollfleet_worker.rewards.base import RewardPool
 from rollfleet_worker.workflows.base import Context, Workflow
 
@@ -76,7 +76,7 @@ class Episodes:
 
     async def run(
         self, claim: Claim, policy: PolicyVersion, progress: Progress | None = None
-    ) -> Delivery | Failure:
+    ) -> Delivery | AttemptFailure:
         """Run the workflow of the claim's route; returns what to deliver, or why there is nothing.
 
         Args:
@@ -100,7 +100,7 @@ class Episodes:
             self.metrics.reward_s.observe(float(context.reward_s))
         except Exception as exc:  # noqa: BLE001 - whatever it is, the lease must end with a reason
             kind = exc.kind if isinstance(exc, EpisodeError) else FailureKind.DATA
-            return Failure(kind, _told(exc), self.worker)
+            return AttemptFailure(kind, _told(exc), self.worker)
         return Delivery(header, payload)
 
     def _encode(self, samples: Sequence[Sample], where: str) -> bytes:

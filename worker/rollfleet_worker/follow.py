@@ -18,14 +18,14 @@ from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.redis import is_transient, retry
 from rollfleet_common.schemas import Schemas, clash, spoken
-from rollfleet_common.servers import Server, Servers, ServerWeights
+from rollfleet_common.servers import RegisteredServer, Servers, ServerWeights
 
 __all__ = ["Follower", "OnServers"]
 
 #: Told the registered servers, what the trainer wrote of weights, the board, and when they were
 #: asked for, in Unix milliseconds by Redis's clock; after every look.
 OnServers = Callable[
-    [Mapping[str, Server], Mapping[str, ServerWeights], PolicyVersion, float], None
+    [Mapping[str, RegisteredServer], Mapping[str, ServerWeights], PolicyVersion, float], None
 ]
 
 log = get_logger("rollfleet.worker")

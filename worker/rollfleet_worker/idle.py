@@ -19,8 +19,8 @@ from rollfleet_common.board import Board
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import check_name
 from rollfleet_common.logs import get_logger
-from rollfleet_worker.inference.pool import EnginePool
-from rollfleet_worker.inference.states import PROBED
+from rollfleet_worker.pool.pool import EnginePool
+from rollfleet_worker.pool.server_states import PROBED
 
 __all__ = ["Facts", "Idle", "explain", "of_servers", "similar_runs"]
 

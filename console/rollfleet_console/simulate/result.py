@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rollfleet_console.simulate.clock import Clock
 from rollfleet_console.simulate.scenario import Scenario
-from rollfleet_console.simulate.trainer import Trainer
+from rollfleet_console.simulate.trainer import SimulatedTrainer
 from rollfleet_console.simulate.workers import Work
 
 __all__ = ["Meter", "Result"]
@@ -96,7 +96,7 @@ class Meter:
     def __init__(self, clock: Clock, scenario: Scenario) -> None:
         self.clock = clock
         self.scenario = scenario
-        self.trainer: Trainer | None = None
+        self.trainer: SimulatedTrainer | None = None
         #: When each version began to make tokens.
         self.published_s = [0.0]
         self._rows = _Rows()

@@ -8,7 +8,7 @@ from rollfleet_console.simulate.clock import Clock
 from rollfleet_console.simulate.lengths import Lengths, Lognormal, Recorded
 from rollfleet_console.simulate.result import Meter, Result
 from rollfleet_console.simulate.scenario import Scenario
-from rollfleet_console.simulate.trainer import Trainer
+from rollfleet_console.simulate.trainer import SimulatedTrainer
 
 __all__ = ["Comparison", "compare", "lengths_of", "simulate"]
 
@@ -31,7 +31,7 @@ def simulate(scenario: Scenario, lengths: Lengths | None = None) -> Result:
     scenario.check()
     clock = Clock()
     meter = Meter(clock, scenario)
-    meter.trainer = Trainer(clock, scenario, lengths or lengths_of(scenario), meter)
+    meter.trainer = SimulatedTrainer(clock, scenario, lengths or lengths_of(scenario), meter)
     meter.trainer.start()
     clock.run()
     return meter.result()

@@ -1,13 +1,13 @@
 """Closed groups that may be trained on: judged, chosen in order, swept at hand-over.
 
-- The rules of :class:`rollfleet.consume.Consumer` without its streams; a test holds the two
+- The rules of :class:`rollfleet.consume.reader.RolloutReader` without its streams; a test holds the two
   together.
 """
 
 from collections.abc import Iterable
 
-from rollfleet.freshness import Policy
-from rollfleet.groups import Group
+from rollfleet.policy.policies import Policy
+from rollfleet.records import Group
 
 __all__ = ["Shelf"]
 

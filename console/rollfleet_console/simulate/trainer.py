@@ -12,9 +12,10 @@
 
 from typing import Protocol
 
-from rollfleet.capacity import Pacer
-from rollfleet.freshness import DropStale, Policy, StandardPPO
-from rollfleet.groups import Group, Groups, Member
+from rollfleet.policy.policies import DropStale, Policy, StandardPPO
+from rollfleet.records import Group, Member
+from rollfleet.state.capacity import Pacer
+from rollfleet.state.groups import Groups
 from rollfleet_common.errors import StarvedError
 from rollfleet_common.ledger import Books
 from rollfleet_common.messages import Header, Kind, Tombstone
@@ -25,13 +26,13 @@ from rollfleet_console.simulate.scenario import Scenario
 from rollfleet_console.simulate.shelf import Shelf
 from rollfleet_console.simulate.workers import Place, Task, Work, Workers
 
-__all__ = ["Trainer", "Watcher"]
+__all__ = ["SimulatedTrainer", "TrainerObserver"]
 
 #: How long a waiting trainer that swept something goes without choosing again.
 LOOK_S = 1.0
 
 
-class Watcher(Protocol):
+class TrainerObserver(Protocol):
     """Is told what happens to samples."""
 
     def trained(self, work: Work, stale: int) -> None:
@@ -47,7 +48,7 @@ class Watcher(Protocol):
         """A version is in force."""
 
 
-class Trainer:
+class SimulatedTrainer:
     """One trainer and its fleet.
 
     Args:
@@ -63,7 +64,7 @@ class Trainer:
         clock: Clock,
         scenario: Scenario,
         lengths: Lengths,
-        watcher: Watcher,
+        watcher: TrainerObserver,
         policy: Policy | None = None,
     ) -> None:
         s = scenario
@@ -184,7 +185,7 @@ class Trainer:
         tombstone = Tombstone(
             task.name, work.index, len(task.works), Kind.TRAIN, "default", reason, ""
         )
-        closed = self.groups.bury(0, "", tombstone)
+        closed = self.groups.add_tombstone(0, "", tombstone)
         self._closed(closed)
         if closed is None and reason != "torn" and self.scenario.early_cancel:
             group = self.groups.open[task.name]

@@ -35,7 +35,7 @@ from rollfleet.adapters.trl_seam import agree, fleet_settings, row_class
 from rollfleet.adapters.trl_watch import STATE_FILE, callback, load_state
 from rollfleet.batch import Batch
 from rollfleet.fleet import Fleet
-from rollfleet.refits.saving import save_weights
+from rollfleet.weight_sync.saving import save_weights
 from rollfleet_common.errors import RollfleetError, SettingsError, StarvedError
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Rollout

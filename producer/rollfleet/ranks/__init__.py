@@ -3,10 +3,10 @@
 See :func:`connect_ranks`; docs/batches.md says how it works.
 """
 
-from rollfleet.ranks.batch import RankBatch
 from rollfleet.ranks.collective import Collective, Solo
 from rollfleet.ranks.connecting import connect_ranks
-from rollfleet.ranks.fleet import RankFleet
+from rollfleet.ranks.rank_batch import RankBatch
+from rollfleet.ranks.rank_fleet import RankFleet
 from rollfleet.ranks.redis_collective import RedisCollective
 
 __all__ = ["Collective", "RankBatch", "RankFleet", "RedisCollective", "Solo", "connect_ranks"]

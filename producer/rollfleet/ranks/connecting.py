@@ -7,21 +7,21 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from rollfleet.balance import Cost
+from rollfleet.consume.payloads import Accept
 from rollfleet.fleet import Fleet, connect
-from rollfleet.forms import Forms
-from rollfleet.freshness import Policy
-from rollfleet.guarded import Guarded, policy_named
-from rollfleet.micro import Form
-from rollfleet.opening import State
-from rollfleet.payloads import Accept
+from rollfleet.policy.checked import CheckedPolicy, policy_named
+from rollfleet.policy.policies import Policy
+from rollfleet.policy.version_history import VersionHistory
 from rollfleet.ranks.collective import Collective, Name, collective_named
-from rollfleet.ranks.fleet import RankFleet
 from rollfleet.ranks.leader import Division
+from rollfleet.ranks.protocol import Hello, RankFailure, raise_first
+from rollfleet.ranks.rank_fleet import RankFleet
 from rollfleet.ranks.share import Reader
-from rollfleet.ranks.words import Failure, Hello, raise_first
-from rollfleet.rollback import History
+from rollfleet.run.open_run import State
 from rollfleet.settings import TrainerSettings
+from rollfleet.tensors.balance import Cost
+from rollfleet.tensors.forms import Forms
+from rollfleet.tensors.packing import Form
 from rollfleet_common.errors import SettingsError
 from rollfleet_common.keys import RunKeys
 
@@ -100,7 +100,7 @@ def connect_ranks(
             )
         hello = _hello(leader)
     except Exception as exc:  # noqa: BLE001 - every rank is to raise it
-        hello, cause = Hello(failure=Failure.of(exc)), exc
+        hello, cause = Hello(failure=RankFailure.of(exc)), exc
     try:
         first = _meet(collective, hello, timeout_s, cause)
         if loaded.redis_url.startswith("embedded:"):
@@ -123,7 +123,7 @@ def connect_ranks(
             rank=rank,
             policy=guarded,
             accept=should_accept,
-            history=History(first.rollbacks),
+            history=VersionHistory(first.rollbacks),
             # Of a share in micro-batches, each is made when it is its turn.
             collate=options if ahead and budget_tokens is None else None,
             limits=loaded.limits,
@@ -184,9 +184,9 @@ def check_division(
         )
 
 
-def _policy(settings: TrainerSettings, policy: Policy | None) -> Guarded:
+def _policy(settings: TrainerSettings, policy: Policy | None) -> CheckedPolicy:
     if policy is not None:
-        return Guarded(policy)
+        return CheckedPolicy(policy)
     s = settings
     return policy_named(s.policy, s.max_staleness, s.min_group_size, s.order)
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rollfleet.aio import AsyncFleet
-from rollfleet.balance import Cost
 from rollfleet.batch import Batch
-from rollfleet.groups import Group
-from rollfleet.micro import Form, plan_headers
+from rollfleet.ranks.protocol import SHARE, Conclusion, Revised, Word
 from rollfleet.ranks.share import Share
-from rollfleet.ranks.words import SHARE, Conclusion, Revised, Word
+from rollfleet.records import Group
+from rollfleet.tensors.balance import Cost
+from rollfleet.tensors.packing import Form, plan_headers
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Prompt, Rollout
@@ -38,14 +38,14 @@ SHARE_S = 3600
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """How a batch is divided over ranks and micro-batches; see :func:`rollfleet.micro.plan_micro`."""
+    """How a batch is divided over ranks and micro-batches; see :func:`rollfleet.tensors.packing.plan_micro`."""
 
     ranks: int
     #: Whether the members of a group stay together on one rank.
     whole_groups: bool = True
     #: Tokens of a micro-batch; None: a rank's share is one.
     budget_tokens: int | None = None
-    #: What its budget is spent on; see :data:`rollfleet.micro.Form`.
+    #: What its budget is spent on; see :data:`rollfleet.tensors.packing.Form`.
     form: Form = "packed"
     pad_multiple: int = 1
     #: What ranks are balanced by.

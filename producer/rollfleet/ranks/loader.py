@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from rollfleet.ranks.protocol import Vote
 from rollfleet.ranks.share import Loaded, Reader
-from rollfleet.ranks.words import Vote
 from rollfleet.settings import TrainerSettings
 from rollfleet_common.errors import RankError, StarvedError
 from rollfleet_common.redis import connect

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 import msgpack
 import numpy as np
 
-from rollfleet.forms import Forms
-from rollfleet.groups import Group, Member
-from rollfleet.guarded import Guarded
+from rollfleet.consume.payloads import Accept, Payloads
 from rollfleet.line import Line
-from rollfleet.payloads import Accept, Payloads
-from rollfleet.ranks.words import SHARE, Revised, Tally, Vote
-from rollfleet.rollback import History
+from rollfleet.policy.checked import CheckedPolicy
+from rollfleet.policy.version_history import VersionHistory
+from rollfleet.ranks.protocol import SHARE, Revised, ShareTotals, Vote
+from rollfleet.records import Group, Member
+from rollfleet.tensors.forms import Forms
 from rollfleet_common.codec import decode_header, encode_header
 from rollfleet_common.errors import CodecError
 from rollfleet_common.keys import RunKeys
@@ -31,7 +31,7 @@ from rollfleet_common.messages import NO_VERSION, Header, Rollout
 from rollfleet_common.streams import Streams
 
 if TYPE_CHECKING:
-    from rollfleet.device import Made
+    from rollfleet.tensors.device import PreparedTensors
 
 __all__ = ["Loaded", "Reader", "Share"]
 
@@ -66,7 +66,7 @@ class Share:
         except (ValueError, TypeError) as exc:
             raise CodecError(f"{what}: {exc}") from exc
 
-    def groups(self, history: History) -> list[Group]:
+    def groups(self, history: VersionHistory) -> list[Group]:
         """Its groups, in order; of a group that is shared with other ranks, our members."""
         groups: dict[str, Group] = {}
         for partition, header in self.rollouts:
@@ -93,7 +93,7 @@ class Loaded:
     #: Why it cannot be trained on, by group.
     bad: dict[str, str] = field(default_factory=dict)
     #: Tensors of its rollouts, in order; None if they were not asked for or there are none.
-    made: "Future[Made] | None" = None
+    made: "Future[PreparedTensors] | None" = None
     #: What the rank knew of the form of named arrays when it was refined last.
     form: str = ""
     revision: int = -1
@@ -142,9 +142,9 @@ class Reader:
         partitions: int,
         *,
         rank: int,
-        policy: Guarded,
+        policy: CheckedPolicy,
         accept: Accept | None,
-        history: History,
+        history: VersionHistory,
         collate: Mapping[str, Any] | None,
         limits: Limits,
         forms: Forms,
@@ -240,22 +240,22 @@ class Reader:
         same = before is not None and before.members == group.members
         return before if same and before is not None else group
 
-    def _make(self, rollouts: Sequence[Rollout]) -> "Future[Made] | None":
+    def _make(self, rollouts: Sequence[Rollout]) -> "Future[PreparedTensors] | None":
         """Their tensors, made now: what is wrong with them is to be known before the vote."""
         if self.collate is None:
             return None
-        from rollfleet.device import make  # noqa: PLC0415 - torch is optional
+        from rollfleet.tensors.device import make  # noqa: PLC0415 - torch is optional
 
-        made: Future[Made] = Future()
+        made: Future[PreparedTensors] = Future()
         made.set_result(make(rollouts, self.collate))
         return made
 
 
-def _tally(rollouts: Sequence[Rollout], version: int) -> Tally:
+def _tally(rollouts: Sequence[Rollout], version: int) -> ShareTotals:
     headers = [rollout.header for rollout in rollouts]
     behind = [0 if h.min_version == NO_VERSION else version - h.min_version for h in headers]
     trained = [[int(np.count_nonzero(s.loss_mask)) for s in r.samples] for r in rollouts]
-    return Tally(
+    return ShareTotals(
         samples=len(headers),
         tokens=sum(h.tokens for h in headers),
         trained_tokens=sum(map(sum, trained)),

@@ -29,8 +29,8 @@ from rollfleet_common.errors import (
     InfraError,
     RewardError,
 )
-from rollfleet_worker.rewards.outcome import Failure, Reward, RewardValue, read
-from rollfleet_worker.rewards.processes import Processes
+from rollfleet_worker.rewards.outcome import Reward, RewardFailure, RewardValue, read
+from rollfleet_worker.rewards.processes import RewardProcesses
 
 __all__ = ["Reward", "RewardPool", "RewardValue"]
 
@@ -74,7 +74,7 @@ class RewardPool:
         # cost the process that comes to it.
         self._free = asyncio.Semaphore(max(1, processes))
         self._modules: list[str] = []
-        self._processes: Processes | None = None
+        self._processes: RewardProcesses | None = None
         self._ending: set[asyncio.Future[None]] = set()
         self._closed = False
 
@@ -149,7 +149,7 @@ class RewardPool:
                     f"{what} did not return within {limit_s} s of its start; its process was killed"
                 ) from exc
             else:
-                if isinstance(answer, Failure):
+                if isinstance(answer, RewardFailure):
                     raise answer.named(what)
                 return answer
         self._check_open(what)
@@ -158,7 +158,9 @@ class RewardPool:
             "start with `if __name__ == '__main__':`? Each process imports it"
         ) from broken
 
-    async def _attempt(self, processes: Processes, job: bytes, limit_s: float) -> Reward | Failure:
+    async def _attempt(
+        self, processes: RewardProcesses, job: bytes, limit_s: float
+    ) -> Reward | RewardFailure:
         task = asyncio.current_task()
         cancels = task.cancelling() if task else 0
         net = asyncio.timeout(limit_s + _GRACE_S)
@@ -175,13 +177,13 @@ class RewardPool:
                 raise BrokenProcessPool("the pool was ended") from exc
             raise
 
-    def _start(self) -> Processes:
-        started = Processes(self._count, self._max_tasks, self._modules)
+    def _start(self) -> RewardProcesses:
+        started = RewardProcesses(self._count, self._max_tasks, self._modules)
         self._ending.add(started.ended)
         started.ended.add_done_callback(self._ending.discard)
         return started
 
-    def _discard(self, processes: Processes) -> None:
+    def _discard(self, processes: RewardProcesses) -> None:
         processes.end()
         if self._processes is processes:
             self._processes = None
@@ -213,7 +215,7 @@ async def _score_here(call: Callable[[], Any], limit_s: float, what: str) -> Rew
     except (Exception, SystemExit) as exc:
         if deadline.expired():
             raise EpisodeTimeoutError(f"{what} did not return within {limit_s} s") from exc
-        raise Failure.of(exc).named(what, exc) from exc
+        raise RewardFailure.of(exc).named(what, exc) from exc
     return Reward(value, components, seconds)
 
 

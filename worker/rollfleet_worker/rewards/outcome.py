@@ -13,7 +13,7 @@ from typing import Any, SupportsFloat, TypeAlias
 from rollfleet_common import errors
 from rollfleet_common.errors import EpisodeTimeoutError, RewardError, RollfleetError
 
-__all__ = ["Failure", "Reward", "RewardValue", "read"]
+__all__ = ["Reward", "RewardFailure", "RewardValue", "read"]
 
 #: What a reward function may return: a number, a number with named components, or a mapping with
 #: the key "reward" whose other entries are the components.
@@ -45,7 +45,7 @@ class _RemoteError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RewardFailure:
     """Why there is no reward."""
 
     #: Name of a class in rollfleet_common.errors.
@@ -55,7 +55,7 @@ class Failure:
     details: str
 
     @classmethod
-    def of(cls, exc: BaseException) -> "Failure":
+    def of(cls, exc: BaseException) -> "RewardFailure":
         """Name what a reward function raised, or what made its result unusable.
 
         A TimeoutError is a timeout also when the function raised it itself, and an error of ours
@@ -84,7 +84,7 @@ def read(result: Any) -> tuple[float, dict[str, float]]:
     """The value and components of what a reward function returned.
 
     Raises:
-        Exception: It is no reward; :meth:`Failure.of` knows how to put that.
+        Exception: It is no reward; :meth:`RewardFailure.of` knows how to put that.
     """
     value, parts = result, {}
     if isinstance(result, Mapping):

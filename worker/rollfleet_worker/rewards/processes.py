@@ -27,9 +27,9 @@ from typing import Any
 from pebble import ProcessFuture, ProcessPool
 
 from rollfleet_common.forks import Home
-from rollfleet_worker.rewards.outcome import Failure, Reward, read
+from rollfleet_worker.rewards.outcome import Reward, RewardFailure, read
 
-__all__ = ["Processes"]
+__all__ = ["RewardProcesses"]
 
 #: From <linux/prctl.h>.
 _PR_SET_PDEATHSIG = 1
@@ -66,7 +66,7 @@ def _set_up(parent: int, modules: Sequence[str]) -> None:
             import_module(name)
 
 
-def _work(job: bytes) -> Reward | Failure:
+def _work(job: bytes) -> Reward | RewardFailure:
     """One job, in a process."""
     try:
         function, args, kwargs = pickle.loads(job)  # noqa: S301 - our own parent pickled it
@@ -75,11 +75,11 @@ def _work(job: bytes) -> Reward | Failure:
         seconds = time.perf_counter() - began
         value, components = read(result)
     except BaseException as exc:  # noqa: BLE001 - sys.exit in a reward function is a failure too
-        return Failure.of(exc)
+        return RewardFailure.of(exc)
     return Reward(value, components, seconds)
 
 
-class Processes:
+class RewardProcesses:
     """One pebble pool, from its first process to its last.
 
     A daemon thread starts it and stops it: both take their time (some 15 ms a process), and the
@@ -102,7 +102,7 @@ class Processes:
         )
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
-        self._running: set[ProcessFuture[Reward | Failure]] = set()
+        self._running: set[ProcessFuture[Reward | RewardFailure]] = set()
         #: Why it did not start; None once it has.
         self.started: asyncio.Future[BaseException | None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -121,7 +121,7 @@ class Processes:
         for future in tuple(self._running):
             future.cancel()  # type: ignore[no-untyped-call]  # pebble's own
 
-    async def run(self, job: bytes, timeout_s: float) -> Reward | Failure:
+    async def run(self, job: bytes, timeout_s: float) -> Reward | RewardFailure:
         """Run one pickled ``(function, args, kwargs)``; cancelling this kills its process.
 
         Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rollfleet_common.errors import EngineUnavailableError, SettingsError
 from rollfleet_common.messages import Claim, Prompt, Sample, VersionSpans
-from rollfleet_worker.inference.engine import (
+from rollfleet_engines.interface import (
     Completes,
     Generation,
     Request,
@@ -23,7 +23,7 @@ from rollfleet_worker.inference.engine import (
     TextAnswer,
     TextEngine,
 )
-from rollfleet_worker.inference.sampling import sampled
+from rollfleet_engines.sampling import sampled
 from rollfleet_worker.rewards.base import Reward, RewardPool
 
 __all__ = ["Context", "Workflow", "load_workflow"]

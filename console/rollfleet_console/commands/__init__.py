@@ -1,0 +1,1 @@
+"""Commands of `rollfleet` with their options."""

@@ -1,0 +1,1 @@
+"""`rollfleet doctor`: checks of a live run."""

@@ -1,0 +1,1 @@
+"""`rollfleet status`: one snapshot of a run, and its rendering."""

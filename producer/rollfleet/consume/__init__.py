@@ -1,0 +1,1 @@
+"""From the rollouts stream to settled batches."""

@@ -1,0 +1,1 @@
+"""Staleness policies, their order of batches, and the metrics of their bias."""

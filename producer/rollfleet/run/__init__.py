@@ -1,0 +1,1 @@
+"""A run from its opening: checks, the trainer's lease, recovery, rebuilding after a loss."""

@@ -1,0 +1,1 @@
+"""What a trainer knows of its run, without I/O."""

@@ -1,0 +1,1 @@
+"""Rollouts to tensors: collation, packing and micro-batches."""

@@ -1,1 +1,0 @@
-"""Clients of inference servers behind one protocol: token ids in, token ids and versions out."""

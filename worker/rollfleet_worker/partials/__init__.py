@@ -1,0 +1,1 @@
+"""Partial generations: stored in Redis so that the next attempt resumes them."""

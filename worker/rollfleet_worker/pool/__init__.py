@@ -1,0 +1,1 @@
+"""The pool of inference servers: membership, routing, limits, ejection and resuming."""
