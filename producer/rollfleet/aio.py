@@ -168,6 +168,9 @@ class AsyncFleet:
             await check(self._client, s)
             await retry(self._set_clock, what="ask Redis for its time", deadline_s=REACH_S)
             if s.fresh:
+                # First: nothing is deleted of a run that a living trainer holds, and one that is
+                # taken over must not believe that Redis lost its run.
+                await self._tenure.claim()
                 await wipe(self._client, self.keys)
             await retry(
                 lambda: refuse_leftovers(self._client, self.keys, s.partitions),

@@ -548,6 +548,29 @@ def test_a_frozen_trainer_is_superseded(
     assert new.events("done")[0]["committed"] == 48
 
 
+@pytest.mark.leaves_keys("its prompts are run by nobody", "rf:*")
+def test_a_fresh_start_deletes_nothing_of_a_run_that_is_held(redis_url: str) -> None:
+    shape: dict[str, Any] = {"samples_per_version": 8, "group_size": 4, "lease_s": 1.0}
+    with rollfleet.connect(redis_url, run="held", **shape) as first:
+        first.submit({"token_ids": [1]})
+        with pytest.raises(rollfleet.SettingsError, match="is held by trainer"):
+            rollfleet.connect(redis_url, run="held", fresh=True, **shape)
+        assert first.books().waiting == 4
+
+
+def test_a_trainer_that_a_fresh_one_takes_over_does_not_bring_its_run_back(redis_url: str) -> None:
+    shape: dict[str, Any] = {"samples_per_version": 8, "group_size": 4}
+    for _ in range(10):  # whatever the first one is at when its run is deleted
+        with rollfleet.connect(redis_url, run="over", fresh=True, take_over=True, **shape) as first:
+            first.submit({"token_ids": [1]})
+            with rollfleet.connect(
+                redis_url, run="over", fresh=True, take_over=True, **shape
+            ) as second:
+                with pytest.raises(rollfleet.SupersededError):
+                    first.submit({"token_ids": [2]})
+                assert (second.books().submitted, second.books().balance) == (0, 0)
+
+
 def test_one_trainer_at_a_time(redis_url: str, processes: Processes) -> None:
     first = processes.trainer(
         redis_url, "one", feed=4, die={"at": "wait", "step": 1, "gate": "/nowhere/gate"}

@@ -89,10 +89,10 @@ with TaskRunner(2) as runner:
 """
 
 REWARDS = """
-from rollfleet_worker.rewards.processes import Processes
+from rollfleet_worker.rewards.processes import RewardProcesses
 
 async def main():
-    pool = Processes(1, 0, [])
+    pool = RewardProcesses(1, 0, [])
     assert await asyncio.wait_for(asyncio.shield(pool.started), 20) is None
     def child():
         pool.end()

@@ -145,7 +145,7 @@ class RolloutReader:
                 adopt_at = 0.0  # a reply may be lost, or the stream anew: look at what is pending
                 if isinstance(exc, SupersededError) or _group_gone(exc):
                     if not await self.line.revive():
-                        raise
+                        raise SupersededError.of(self.streams[partition].keys.run) from exc
                     continue
                 if not is_transient(exc):
                     raise

@@ -56,12 +56,11 @@ async def check(client: Any, s: TrainerSettings) -> None:
 
 
 async def wipe(client: Any, keys: RunKeys) -> None:
-    """Delete every key of a run but the registered servers, which are its operators'."""
+    """Delete every key of a run but the trainer's lease and its operators' registered servers."""
+    spared = {keys.servers.encode(), keys.trainer.encode()}
     for pattern in (f"{keys.prefix}*", f"rf:{{{keys.run}/*"):
         names = [
-            name
-            async for name in client.scan_iter(match=pattern, count=1000)
-            if name != keys.servers.encode()
+            name async for name in client.scan_iter(match=pattern, count=1000) if name not in spared
         ]
         for at in range(0, len(names), DELETE_AT_ONCE):
             await client.unlink(*names[at : at + DELETE_AT_ONCE])
