@@ -384,7 +384,7 @@ class Streams:
             token: The trainer's.
             verb: What is decided.
             rollouts: (stream entry, kind, payload suffix) of each.
-            groups: Groups that are closed by it, whose records go.
+            groups: Groups of the rollouts; all but ``train`` closes them, and their records go.
             tombstones: Entries of tombstones that go with them.
 
         Returns:
@@ -399,6 +399,8 @@ class Streams:
         for at in range(0, pieces, CHUNK):
             end = at + CHUNK
             r, g, t = rollouts[at:end], groups[at:end], tombstones[at:end]
+            if verb == "train":
+                g = groups  # they are only looked at
             keys = [k.fence, k.ledger, k.rollouts, k.tombstones, k.trained, k.tap, k.tapped]
             keys += [k.payload(suffix) for _, _, suffix in r] + [k.group(group) for group in g]
             args = [token, verb, len(r), len(g), len(t)]

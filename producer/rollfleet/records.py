@@ -166,7 +166,7 @@ class Plan:
         said = f"commit:{self.number}:{self.version}" if closing else verb
         for partition, here in enumerate(streams):
             rollouts = [(e, k, s) for p, e, k, s in self.rollouts if p == partition]
-            groups = [g for p, g in self.groups if p == partition] if closing else []
+            groups = [g for p, g in self.groups if p == partition]
             tombstones = [e for p, e in self.tombstones if p == partition] if closing else []
             if rollouts or groups:
                 await here.settle(token, said, rollouts, groups, tombstones)

@@ -164,7 +164,7 @@ async def live(client: Any, run: str = "life") -> None:
     assert await streams.settle(TOKEN, "train", rollouts) == 4
     assert await streams.untrain(TOKEN, [row[:2] for row in rollouts]) == 4
     assert await streams.settle(TOKEN, "commit", rollouts[:2]) == 2
-    assert await streams.settle(TOKEN, "drop:stale", rollouts, ["a", "b", "p0"], stones) == 2
+    assert await streams.settle(TOKEN, "drop:stale", rollouts[2:], ["a", "b", "p0"], stones) == 2
     await board.plan(TOKEN, 1, None)
     books = await read_books(client, [part])
     assert (books.balance, books.submitted, books.outstanding) == (0, 8, 0)

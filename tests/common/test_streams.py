@@ -635,6 +635,49 @@ async def test_what_was_not_read_cannot_be_settled(rig: Rig):
     assert (await rig.books()).ready == 1
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("how", ["stream", "entries", "reader", "group"])
+@pytest.mark.parametrize("verb", ["commit", "drop:stale"])
+async def test_credit_returns_once_for_what_somebody_took_away(
+    rig: Rig, how: str, verb: str, trained: bool
+):
+    headers = await rig.delivered(prompt_of("g", 2))
+    if how == "stream":
+        await rig.client.delete(rig.part.rollouts)
+    elif how == "entries":
+        await rig.client.xtrim(rig.part.rollouts, maxlen=0, approximate=False)
+    elif how == "reader":
+        await rig.client.xgroup_delconsumer(rig.part.rollouts, "trainer", TOKEN)
+    else:
+        await rig.client.xgroup_destroy(rig.part.rollouts, "trainer")
+        await rig.streams.make_trainer_groups()
+        await rig.streams.consume(rig.client, TOKEN, 10, None)
+    if trained:
+        assert await rig.settle("train", headers, groups=["g"]) == 2
+        assert await rig.settle("train", headers, groups=["g"]) == 0
+        assert await rig.client.hget(rig.part.ledger, "settled:train") == b"2"
+    assert await rig.settle(verb, headers, groups=["g"]) == 2
+    assert await rig.settle(verb, headers, groups=["g"]) == 0
+    assert await rig.settle("train", headers, groups=["g"]) == 0
+    books = await rig.books()
+    assert (books.outstanding, books.balance) == (0, 0)
+    await _is_empty(rig)
+
+
+async def test_adopt_finds_what_a_deleted_reader_had_read(rig: Rig):
+    headers = await rig.delivered(prompt_of("g", 2), prompt_of("h", 1))
+    await rig.submit(prompt_of("i", 1))
+    (claim,) = await rig.claim()
+    await rig.streams.deliver("w1", [delivery_of(claim)])
+    await rig.client.xgroup_delconsumer(rig.part.rollouts, "trainer", TOKEN)
+    for _ in range(2):
+        owned, _ = await rig.streams.adopt(TOKEN, TOKEN)
+        assert owned == [entry for entry, _ in headers]
+        books = await rig.books()
+        assert (books.ready, books.handed_out) == (1, 3)
+    assert [header.group for _, header in await rig.headers()] == ["i"]
+
+
 async def test_settle_of_more_than_one_script_can_take(rig: Rig):
     headers = await rig.delivered(prompt_of("g", 100), prompt_of("h", 1100))
     assert len(headers) == 1000
