@@ -383,8 +383,8 @@ class AsyncFleet:
         s = self.settings
         want = s.batch if samples is None else samples
         batch = await self.gather.next(want, s.starve_s if timeout_s is None else timeout_s)
-        if batch is None and self._came_to_nothing:
-            log.error("the feed has ended without one batch", why=await self.reason())
+        if batch is None and (said := await self.came_to_nothing()):
+            log.error(said)
         return batch
 
     async def batch_of(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Batch:
@@ -532,10 +532,11 @@ class AsyncFleet:
             await settle(batch)
             done += 1
 
-    @property
-    def _came_to_nothing(self) -> bool:
-        """Whether this trainer has submitted prompts, and was handed no batch."""
-        return bool(self.submitter.sent) and self.commits.number == self.commits.first
+    async def came_to_nothing(self) -> str:
+        """Why not one batch came of what this trainer submitted; "" if it submitted nothing, or one did."""
+        if not self.submitter.sent or self.commits.number != self.commits.first:
+            return ""
+        return f"the feed has ended without one batch: {tell(await self._evidence())}"
 
     async def fed_something(self) -> None:
         """Raise if a feed of this trainer has ended, and not one batch came of it.
@@ -543,10 +544,8 @@ class AsyncFleet:
         Raises:
             FailingError: With the counts of what became of the samples.
         """
-        if self._came_to_nothing:
-            raise FailingError(
-                f"the feed has ended without one batch: {tell(await self._evidence())}"
-            )
+        if said := await self.came_to_nothing():
+            raise FailingError(said)
 
     def settler(self, commit: str) -> Callable[[Batch], Awaitable[None]]:
         """What a loop does with a batch when it comes back for the next."""

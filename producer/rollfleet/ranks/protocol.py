@@ -100,6 +100,8 @@ class Word:
     plan: str = ""
     #: The feed has ended, and nothing is left.
     ended: bool = False
+    #: Why it ended without one batch, if it did.
+    nothing: str = ""
 
 
 @dataclass(frozen=True, slots=True)

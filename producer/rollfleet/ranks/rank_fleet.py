@@ -24,6 +24,7 @@ from rollfleet.settings import TrainerSettings
 from rollfleet.tensors.packing import Form
 from rollfleet_common.errors import (
     CollectiveError,
+    FailingError,
     RollfleetError,
     SettingsError,
 )
@@ -72,6 +73,8 @@ class RankFleet:
         self._asking = False
         #: Why no further round can be.
         self._broken: CollectiveError | None = None
+        #: Why the feed ended without one batch, if it did.
+        self._nothing = ""
         self._closed = False
 
     @property
@@ -116,6 +119,7 @@ class RankFleet:
             word = conclusion.word
             self.version = word.version
             if word.ended:
+                self._nothing = word.nothing
                 return None
             if conclusion.go:
                 return self._take(conclusion, time.monotonic() - began)
@@ -124,7 +128,11 @@ class RankFleet:
                 self._loader.begin(word.plan, self.version)
 
     def batches(self, steps: int | None = None, *, commit: str = "step") -> Iterator[RankBatch]:
-        """Shares for a loop; see :meth:`rollfleet.AsyncFleet.batches`. Same `steps` on all ranks."""
+        """Shares for a loop; see :meth:`rollfleet.AsyncFleet.batches`. Same `steps` on all ranks.
+
+        Raises:
+            FailingError: On all ranks: the feed has ended, and all that was submitted died or was dropped.
+        """
         if commit not in ("step", "checkpoint"):
             raise SettingsError(f'commit is {commit!r}; it must be "step" or "checkpoint"')
         settle = self.commit if commit == "step" else self.trained
@@ -132,6 +140,8 @@ class RankFleet:
         while steps is None or done < steps:
             batch = self.next_batch()
             if batch is None:
+                if self._nothing:
+                    raise FailingError(self._nothing)
                 return
             yield batch
             settle(batch)
