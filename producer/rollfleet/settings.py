@@ -110,8 +110,8 @@ class TrainerSettings(Settings):
     breaker_deaths: int = Field(
         200,
         ge=0,
-        description="Samples that die in a row, or groups that are torn in a row, after which the feed "
-        "is stopped with a FailingError; 0: never.",
+        description="Samples that die in a row, or groups that are torn or cannot be used in a row, "
+        "after which the feed is stopped with a FailingError; 0: never.",
     )
     breaker_prompts: int = Field(
         20, ge=1, description="Distinct prompts over which these deaths must be spread."

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import pytest
 from fixtures.by_hand import by_hand
 from fixtures.fake_vllm import FakeVllm
 from fixtures.fleet_processes import Processes
+from fixtures.ranks import ThreadWorker
 from fixtures.rig import INFRA, delivery_of
 from fixtures.servers import MakeServer
 from support import wait_until_async
 
 import rollfleet
 from rollfleet.state import causes
+from rollfleet_common.codec import encode_samples
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import AttemptFailure, Leases
+from rollfleet_common.messages import Claim
 from rollfleet_common.redis import connect
+from rollfleet_common.streams import Delivery
 
 pytestmark = pytest.mark.leaves_keys("dead letters, and prompts that wait for ever")
 
@@ -160,6 +165,18 @@ async def test_a_feed_that_only_dies_is_stopped(redis_url: str) -> None:
         assert "9,000 tokens is too long" in str(raised.value)
         assert "min_group_size" in str(raised.value)
         assert (await fleet.books()).submitted < 200
+
+
+async def test_a_feed_whose_rollouts_cannot_be_used_is_stopped(redis_url: str) -> None:
+    def spoil(_: Claim, made: Delivery) -> Delivery:
+        return replace(made, payload=encode_samples([]))
+
+    async with trainer(redis_url, "spoilt", breaker_deaths=6, breaker_prompts=5) as fleet:
+        with ThreadWorker(redis_url, "spoilt", spoil):
+            fleet.feed({"token_ids": [1]} for _ in range(10**6))
+            with pytest.raises(rollfleet.FailingError, match=r"dropped because .* `corrupt`"):
+                await fleet.next_batch()
+        assert (await fleet.books()).submitted < 400
 
 
 async def test_a_feed_whose_groups_are_all_torn_is_stopped(redis_url: str) -> None:

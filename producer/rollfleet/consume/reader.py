@@ -432,8 +432,10 @@ class RolloutReader:
             self.out.pop(group.name, None)
             self.meter.dropped(group, why, self.version())
             self.drop_log.note(group, why, self.version())
-            if group.kind is Kind.TRAIN and "dead" in group.reasons:
-                self.breaker.tore()
+            if group.kind is Kind.TRAIN:
+                self.breaker.spoiled(why)
+                if "dead" in group.reasons:
+                    self.breaker.tore()
         await self._drops(self._settle_dropped(sorted_out))
 
     async def _settle_dropped(self, dropped: Mapping[tuple[int, str], Sequence[Group]]) -> None:

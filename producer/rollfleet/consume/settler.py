@@ -114,6 +114,7 @@ class Settler:
     ) -> Batch:
         """The batch of what was written as `number`; from here on it is handed over."""
         self.number = number
+        self.consumer.breaker.handed()
         for group in groups:
             headers = [rollout.header for rollout in rollouts[group.name]]
             self.consumer.meter.kept(group, version, headers)

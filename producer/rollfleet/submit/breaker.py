@@ -1,4 +1,4 @@
-"""Stops a feed whose samples only fail: deaths and torn groups in a row, without one success."""
+"""Stops a feed whose samples only fail: deaths, and torn or unusable groups in a row, without one success."""
 
 import json
 from collections import deque
@@ -8,12 +8,15 @@ from rollfleet_common.messages import Kind, Tombstone
 
 __all__ = ["Breaker", "failure_text"]
 
+#: What groups are dropped as whose rollouts came and cannot be used: workers make them so.
+UNUSABLE = frozenset({"corrupt", "form", "oversize", "undecodable"})
+
 
 class Breaker:
     """Counts what fails in a row.
 
     Args:
-        deaths: Dead samples in a row, or torn groups in a row, that stop the feed; 0: none do.
+        deaths: Dead samples, torn groups or unusable groups in a row that stop the feed; 0: none do.
         prompts: Distinct prompts over which these must be spread.
     """
 
@@ -24,6 +27,9 @@ class Breaker:
         self.deaths = 0
         #: Groups torn by deaths since the last group that could be trained on.
         self.torn = 0
+        #: Groups that could not be used since the last batch, and why the newest could not.
+        self.unusable = 0
+        self.unusable_as = ""
         #: The newest failure, in words.
         self.newest = ""
         # Only whether there are enough of them matters.
@@ -53,6 +59,16 @@ class Breaker:
         """A group came that may be trained on."""
         self.torn = 0
 
+    def spoiled(self, reason: str) -> None:
+        """A group was dropped for `reason`."""
+        if reason in UNUSABLE:
+            self.unusable += 1
+            self.unusable_as = reason
+
+    def handed(self) -> None:
+        """A batch was handed over."""
+        self.unusable = 0
+
     def check(self) -> None:
         """Raise if too much failed in a row.
 
@@ -80,6 +96,12 @@ class Breaker:
                 f"the feed was stopped: {self.torn} groups in a row were torn, because some of their "
                 f"samples died{newest}. Set min_group_size to train on groups that lack a sample, or "
                 "mend what fails; then open the run again. breaker_deaths sets how many it takes"
+            )
+        if self.unusable >= max(self.limit, self.prompts):
+            raise FailingError(
+                f"the feed was stopped: {self.unusable} groups in a row were dropped because their "
+                f"rollouts cannot be used, the last one as `{self.unusable_as}`; the log says why. "
+                "Mend the workers, then open the run again. breaker_deaths sets how many it takes"
             )
 
 
