@@ -1,12 +1,11 @@
 """Planted bugs, one for each promise: what shows that the oracle can fail.
 
 - A mutant lives in processes that this package started with CHAOS_MUTANT set; the product does not
-  know of it. It is planted before the product's modules are imported, because they load their
-  scripts at import.
+  know of it. It is planted before the product's modules are imported, because they copy
+  names from each other at import.
 """
 
 import asyncio
-import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +19,12 @@ MEND = "mend the mutant"
 
 def _rewrite(name: str, old: str, new: str) -> None:
     """Replace a piece of one Lua script."""
-    from rollfleet_common import scripts  # noqa: PLC0415 - before its users are imported
+    from rollfleet_common import scripts  # noqa: PLC0415 - so that `plant` chooses when
 
-    load = scripts.load
-
-    def loaded(wanted: str) -> scripts.Script:
-        script = load(wanted)
-        if wanted != name:
-            return script
-        if old not in script.text:
-            raise LookupError(f"{MEND}: {name}.lua does not say {old!r} any more")
-        text = script.text.replace(old, new)
-        digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        return scripts.Script(name, text, digest)
-
-    scripts.load = loaded
+    script = scripts.load(name)
+    if old not in script.text:
+        raise LookupError(f"{MEND}: {name}.lua does not say {old!r} any more")
+    script.use(script.text.replace(old, new))
 
 
 def _p1_lose(part: str) -> None:

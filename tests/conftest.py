@@ -4,12 +4,13 @@ import signal
 from collections.abc import Generator
 
 import pytest
+from fixtures.declared_keys import declared_keys
 from fixtures.fleet_processes import processes
 from fixtures.rig import rig
 from fixtures.servers import make_server, redis_server, redis_url
 from hypothesis import settings
 
-__all__ = ["make_server", "processes", "redis_server", "redis_url", "rig"]
+__all__ = ["declared_keys", "make_server", "processes", "redis_server", "redis_url", "rig"]
 
 # A busy machine is no finding: time is the business of benchmarks.
 settings.register_profile("house", deadline=None)

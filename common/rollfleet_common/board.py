@@ -12,19 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import NO_VERSION, PolicyVersion
 from rollfleet_common.schemas import Schemas, spoken
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import run as scripts
+from rollfleet_common.scripts.run import Claimed, Seized
 from rollfleet_common.text import I31, broken, decoded, parse_json, printable, state_int, whole
 
 __all__ = ["Board", "Claimed", "Seized", "Shape"]
-
-_CLAIM, _SEIZE, _HOLD, _RELEASE, _PUBLISH, _PLAN = map(
-    load, ("claim", "seize", "hold", "release", "publish", "plan")
-)
-
 
 #: Partitions that a run may have; settings allow fewer.
 MAX_PARTITIONS = 65_536
@@ -62,30 +57,6 @@ class Shape:
         return cls(**{name: raw[name] for name in cls.__slots__})
 
 
-@dataclass(frozen=True, slots=True)
-class Seized:
-    """The outcome of asking for a run."""
-
-    ok: bool
-    epoch: int = 0
-    version: int = NO_VERSION
-    #: If refused: who holds it and for how long its lease still runs.
-    holder: str = ""
-    left_ms: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """The outcome of asking for the lease on a run."""
-
-    ok: bool
-    #: Number of the youngest batch that was ever committed; 0: none was.
-    last_committed: int = 0
-    #: If refused: who holds it and for how long its lease still runs.
-    holder: str = ""
-    left_ms: int = 0
-
-
 class Board:
     """The board of one run."""
 
@@ -100,13 +71,9 @@ class Board:
 
         From here on nobody else commits a batch, and nothing that workers follow has changed.
         """
-        k = self.keys
-        reply = await _CLAIM(
-            self.client, [k.trainer, k.board], [token, lease_ms, who, int(take_over)]
+        return await scripts.claim(
+            self.client, self.keys, token=token, lease_ms=lease_ms, who=who, take_over=take_over
         )
-        if reply[0] == 0:
-            return Claimed(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))
-        return Claimed(ok=True, last_committed=int(reply[1]))
 
     async def seize(
         self,
@@ -123,13 +90,18 @@ class Board:
 
         The epoch is `above` what the trainer had, even if Redis forgot that one.
         """
-        k = self.keys
-        args = [token, lease_ms, who, int(take_over), version, shape.dumps(), above]
-        args.append(spoken().dumps())
-        reply = await _SEIZE(self.client, [k.trainer, k.board, k.news], args)
-        if reply[0] == 0:
-            return Seized(ok=False, holder=printable(decoded(reply[1]), 200), left_ms=int(reply[2]))
-        return Seized(ok=True, epoch=int(reply[1]), version=int(reply[2]))
+        return await scripts.seize(
+            self.client,
+            self.keys,
+            token=token,
+            lease_ms=lease_ms,
+            who=who,
+            take_over=take_over,
+            version=version,
+            shape=shape.dumps(),
+            above=above,
+            schemas=spoken().dumps(),
+        )
 
     async def hold(self, token: str, lease_ms: int) -> None:
         """Renew the trainer's lease.
@@ -137,12 +109,11 @@ class Board:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        k = self.keys
-        self._held(await _HOLD(self.client, [k.trainer, k.board], [token, lease_ms]))
+        await scripts.hold(self.client, self.keys, token=token, lease_ms=lease_ms)
 
     async def release(self, token: str) -> None:
         """Let go of the run at once."""
-        await _RELEASE(self.client, [self.keys.trainer], [token])
+        await scripts.release(self.client, self.keys, token=token)
 
     async def publish(self, token: str, fields: Mapping[str, int | str]) -> None:
         """Write `fields` (version, weights, paused_until_ms) and wake the followers.
@@ -150,9 +121,7 @@ class Board:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        flat = [part for pair in fields.items() for part in pair]
-        k = self.keys
-        self._held(await _PUBLISH(self.client, [k.board, k.news], [token, *flat]))
+        await scripts.publish(self.client, self.keys, token=token, fields=fields)
 
     async def plan(
         self, token: str, batch: int, plan: bytes | None, *, committed: bool = False
@@ -168,9 +137,14 @@ class Board:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        k = self.keys
-        args = [token, batch, plan or b"", int(committed)]
-        self._held(await _PLAN(self.client, [k.board, k.batches], args))
+        await scripts.plan(
+            self.client,
+            self.keys,
+            token=token,
+            batch=batch,
+            plan=plan or b"",
+            committed=committed,
+        )
 
     async def plans(self) -> dict[int, bytes]:
         """The plans that stand, by batch number, in order.
@@ -275,10 +249,6 @@ class Board:
             if rows:
                 last = rows[-1][0].decode()
         return last
-
-    def _held(self, reply: Any) -> None:
-        if int(reply) == 0:
-            raise SupersededError.of(self.keys.run)
 
 
 def _utf8(key: str, name: str, raw: bytes) -> str:

@@ -13,17 +13,13 @@ from rollfleet_common.clock import Clock
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.keys import PartitionKeys
 from rollfleet_common.messages import Claim
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import worker as scripts
+from rollfleet_common.scripts.worker import HandedBack
 from rollfleet_common.streams import Garbage, Streams
 from rollfleet_common.text import decoded, printable
 
 __all__ = ["AttemptFailure", "Leases"]
 
-_RENEW, _RECLAIM, _FAIL, _PROMOTE, _HANDBACK, _QUARANTINE, _REAP = map(
-    load, ("renew", "reclaim", "fail", "promote", "handback", "quarantine", "reap")
-)
-#: Leases renewed by one script call.
-RENEW_CHUNK = 1000
 #: More deliveries than any prompt gets.
 NEVER = 1 << 30
 _KINDS = (b"train", b"eval")
@@ -67,12 +63,9 @@ class Leases:
 
     async def renew(self, route: str, entries: Sequence[str]) -> list[str]:
         """Renew all leases of a route; returns the entries that are no longer ours."""
-        lost: list[str] = []
-        stream = [self.keys.prompts(route)]
-        for at in range(0, len(entries), RENEW_CHUNK):
-            args = [self.worker, *entries[at : at + RENEW_CHUNK]]
-            lost += [entry.decode() for entry in await _RENEW(self.client, stream, args)]
-        return lost
+        return await scripts.renew(
+            self.client, self.keys, route=route, consumer=self.worker, entries=entries
+        )
 
     async def reclaim(
         self,
@@ -97,17 +90,21 @@ class Leases:
         Returns:
             (claim, deliveries so far, worker that held it) of each.
         """
-        keys = [self.keys.prompts(route)]
-        passed, *rows = await _RECLAIM(
-            self.client, keys, [self.worker, lease_ms, count, poison - 1, poison, suspects]
+        self.passed_over, rows = await scripts.reclaim(
+            self.client,
+            self.keys,
+            route=route,
+            consumer=self.worker,
+            lease_ms=lease_ms,
+            at_most=count,
+            suspect_from=poison - 1,
+            suspect_until=poison,
+            suspects=suspects,
         )
-        self.passed_over = int(passed)
-        taken: list[tuple[Claim | Garbage, int, str]] = []
-        for entry, deliveries, flat, owner in rows:
-            fields = dict(zip(flat[::2], flat[1::2], strict=True))
-            made = streams.read_claim(route, entry.decode(), fields)
-            taken.append((made, int(deliveries), decoded(owner)))
-        return taken
+        return [
+            (streams.read_claim(route, row.entry, row.fields), row.deliveries, decoded(row.owner))
+            for row in rows
+        ]
 
     async def fail(self, claim: Claim, failure: AttemptFailure, delay_ms: int | None) -> bool:
         """End a lease in failure: park the prompt for `delay_ms`, or bury it if that is None.
@@ -118,17 +115,21 @@ class Leases:
         return await self._end(claim, failure, -1 if delay_ms is None else delay_ms)
 
     async def _end(self, claim: Claim, failure: AttemptFailure, delay_ms: int) -> bool:
-        k, p = self.keys, claim.prompt
-        keys = [k.prompts(p.route), k.delayed(p.route), k.parked(p.route), k.dead, k.tombstones]
-        keys += [k.ledger, k.group(p.group), k.fence]
-        args: list[Any] = [self.worker, claim.entry, delay_ms]
-        args += [
-            failure.record(claim.attempt, int(self.clock.now_ms())),
-            p.task,
-            p.position,
-            failure.kind.value,
-        ]
-        return int(await _FAIL(self.client, keys, args)) > 0
+        p = claim.prompt
+        ended = await scripts.fail(
+            self.client,
+            self.keys,
+            route=p.route,
+            group=p.group,
+            consumer=self.worker,
+            entry=claim.entry,
+            delay_ms=delay_ms,
+            record=failure.record(claim.attempt, int(self.clock.now_ms())),
+            task=p.task,
+            position=p.position,
+            kind=failure.kind.value,
+        )
+        return ended > 0
 
     async def give_up(self, claim: Claim, why: str) -> bool:
         """End a lease whose rollout could not be trained on any more: too stale, no dead letter.
@@ -156,41 +157,51 @@ class Leases:
         failure = AttemptFailure(
             FailureKind.DATA, f"undecodable prompt: {garbage.why}", self.worker
         )
-        keys = [k.prompts(route), k.delayed(route), k.parked(route), k.dead, k.tombstones]
-        keys += [k.ledger, k.group(group), k.fence]
-        args = [
-            self.worker,
-            garbage.entry,
-            -1,
-            failure.record(1, int(self.clock.now_ms())),
-            "?",
-            -1,
-        ]
-        await _FAIL(self.client, keys, [*args, failure.kind.value])
+        await scripts.fail(
+            self.client,
+            k,
+            route=route,
+            group=group,
+            consumer=self.worker,
+            entry=garbage.entry,
+            delay_ms=-1,
+            record=failure.record(1, int(self.clock.now_ms())),
+            task="?",
+            position=-1,
+            kind=failure.kind.value,
+        )
 
     async def promote(self, route: str, count: int = 100) -> tuple[int, int]:
-        """Put due prompts back on the stream; returns (how many, ms until the next; -1: none)."""
-        k = self.keys
-        keys = [k.prompts(route), k.delayed(route), k.parked(route)]
-        promoted, wait_ms = await _PROMOTE(self.client, keys, [count, k.group("")])
-        return int(promoted), int(wait_ms)
+        """Put due prompts back on the stream; returns (how many, ms until the next; -1: none).
 
-    async def hand_back(self, route: str, entries: Sequence[str]) -> int:
-        """Give leases back untouched, claimable at once; returns how many were still ours."""
-        back = 0
-        for at in range(0, len(entries), RENEW_CHUNK):
-            args = [self.worker, self.keys.group(""), *entries[at : at + RENEW_CHUNK]]
-            back += int(await _HANDBACK(self.client, [self.keys.prompts(route)], args))
-        return back
+        Which are due is read first, because the script that moves them must be told the records of
+        their groups. Workers that promote at once share what is due.
+        """
+        members, wait_ms = await scripts.due(self.client, self.keys, route=route, at_most=count)
+        if not members:
+            return 0, wait_ms
+        return await scripts.promote(self.client, self.keys, route=route, members=members)
+
+    async def hand_back(self, route: str, leases: Sequence[tuple[str, str]]) -> int:
+        """Give leases, (entry, group) each, back untouched, claimable at once.
+
+        Returns:
+            How many were still ours.
+        """
+        states = await scripts.handback(
+            self.client, self.keys, route=route, consumer=self.worker, leases=leases
+        )
+        return sum(state is HandedBack.YES for state in states)
 
     async def reap(self, route: str, idle_ms: int) -> int:
         """Forget consumers of a route that hold nothing and were idle for `idle_ms`."""
-        return int(await _REAP(self.client, [self.keys.prompts(route)], [idle_ms]))
+        return await scripts.reap(self.client, self.keys, route=route, idle_ms=idle_ms)
 
 
 async def quarantine(
     client: Any, keys: PartitionKeys, stream: str, group: str, garbage: Garbage
 ) -> None:
     """Move an entry that nobody can read off `stream`, keeping its bytes as a dead letter."""
-    names = [stream, keys.dead, keys.ledger, keys.fence]
-    await _QUARANTINE(client, names, [group, garbage.entry, garbage.why])
+    await scripts.quarantine(
+        client, keys, stream=stream, group=group, entry=garbage.entry, why=garbage.why
+    )

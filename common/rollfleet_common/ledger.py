@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollfleet_common.keys import PartitionKeys, route_names
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import reads
 from rollfleet_common.text import decoded, state_int
 
 __all__ = ["Books", "read_books"]
-
-_LEDGER = load("ledger")
 
 
 @dataclass(slots=True)
@@ -86,36 +84,31 @@ async def read_books(client: Any, partitions: Sequence[PartitionKeys]) -> Books:
 
 async def _read_partition(client: Any, k: PartitionKeys) -> Books:
     routes = route_names(await client.smembers(k.routes))
-    keys = [k.ledger, k.rollouts, k.tombstones, k.trained, k.dead, k.fence]
-    for route in routes:
-        keys += [k.prompts(route), k.delayed(route)]
-    reply = await _LEDGER(client, keys, [])
-    flat, rollouts, read, tombstones, trained, dead_letters = reply[:6]
+    counts = await reads.ledger(client, k, routes=routes)
     counters = {
         decoded(name): state_int(k.ledger, decoded(name), count)
-        for name, count in zip(flat[::2], flat[1::2], strict=True)
+        for name, count in counts.counters.items()
     }
     books = Books(
         submitted=counters.get("submitted:train", 0) + counters.get("submitted:eval", 0),
-        ready=rollouts - read,
-        handed_out=read - trained,
-        trained=trained,
+        ready=counts.rollouts - counts.read,
+        handed_out=counts.read - counts.trained,
+        trained=counts.trained,
         committed=counters.get("committed", 0),
         dropped={k[8:]: v for k, v in counters.items() if k.startswith("dropped:")},
         dead=counters.get("dead", 0),
         outstanding=counters.get("submitted:train", 0) - counters.get("settled:train", 0),
-        tombstones=tombstones,
-        dead_letters=dead_letters,
+        tombstones=counts.tombstones,
+        dead_letters=counts.dead,
         counters=counters,
-        raw={f"XLEN {k.rollouts}": rollouts, f"XPENDING {k.rollouts}": read},
+        raw={f"XLEN {k.rollouts}": counts.rollouts, f"XPENDING {k.rollouts}": counts.read},
     )
-    for at, route in enumerate(routes):
-        length, pending, delayed = reply[7 + 3 * at : 10 + 3 * at]
-        books.waiting += length - pending
-        books.in_flight += pending
-        books.delayed += delayed
-        books.waiting_by_route[route] = length - pending
-        books.raw[f"XLEN {k.prompts(route)}"] = length
-        books.raw[f"XPENDING {k.prompts(route)}"] = pending
-        books.raw[f"ZCARD {k.delayed(route)}"] = delayed
+    for route, here in counts.routes.items():
+        books.waiting += here.length - here.pending
+        books.in_flight += here.pending
+        books.delayed += here.delayed
+        books.waiting_by_route[route] = here.length - here.pending
+        books.raw[f"XLEN {k.prompts(route)}"] = here.length
+        books.raw[f"XPENDING {k.prompts(route)}"] = here.pending
+        books.raw[f"ZCARD {k.delayed(route)}"] = here.delayed
     return books

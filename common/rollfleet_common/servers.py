@@ -21,7 +21,7 @@ from yarl import URL
 from rollfleet_common.errors import SettingsError, SupersededError
 from rollfleet_common.keys import RunKeys
 from rollfleet_common.messages import NO_VERSION
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import run as scripts
 from rollfleet_common.text import I31, json_int, parse_json
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "server_url",
 ]
 
-_REFIT, _REGISTER = load("refit"), load("register")
 _URL = re.compile(r"https?://(?:[^/\s?#@]*@)?[^/\s?#@]+(/[^\s?#]*)?", re.IGNORECASE)
 _END = re.compile(r"(/|/v1)+$")
 #: What a server may run.
@@ -177,8 +176,7 @@ class Servers:
 
     async def _replace(self, url: str, seen: bytes, row: bytes) -> bool:
         """Write `row` if the one of `url` is still what was `seen`; an empty one is none."""
-        keys = [self.keys.servers, self.keys.news]
-        return bool(int(await _REGISTER(self.client, keys, [url, seen, row])))
+        return await scripts.register(self.client, self.keys, url=url, seen=seen, row=row)
 
     # ---- the trainer -------------------------------------------------------------------------
 
@@ -188,11 +186,11 @@ class Servers:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        flat: list[str] = []
+        written: list[tuple[str, str]] = []
         for row in rows:
             fields = asdict(row)
-            flat += [fields.pop("url"), json.dumps(fields)]
-        await self._write(token, flat)
+            written.append((fields.pop("url"), json.dumps(fields)))
+        await scripts.refit(self.client, self.keys, token=token, rows=written)
 
     async def forget(self, token: str, urls: Iterable[str]) -> None:
         """Drop what is known of `urls`, which this run refits no longer.
@@ -200,7 +198,8 @@ class Servers:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        await self._write(token, [part for url in urls for part in (url, "")])
+        forgotten = [(url, "") for url in urls]
+        await scripts.refit(self.client, self.keys, token=token, rows=forgotten)
 
     async def check(self, token: str) -> None:
         """Return if no other trainer has the run: to be asked right before a server is touched.
@@ -213,12 +212,6 @@ class Servers:
         holder = await self.client.hget(self.keys.board, "token")
         if holder not in (None, token.encode()):
             raise SupersededError.of(self.keys.run)
-
-    async def _write(self, token: str, flat: list[str]) -> None:
-        if flat:
-            k = self.keys
-            if not int(await _REFIT(self.client, [k.board, k.weights, k.news], [token, *flat])):
-                raise SupersededError.of(k.run)
 
     # ---- everyone ----------------------------------------------------------------------------
 

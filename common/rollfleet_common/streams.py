@@ -10,16 +10,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ResponseError
 
-from rollfleet_common.codec import decode_header, decode_prompt, encode_header, encode_prompt
-from rollfleet_common.errors import SupersededError, WireError
+from rollfleet_common.codec import decode_header, decode_prompt, encode_prompt
+from rollfleet_common.errors import WireError
 from rollfleet_common.keys import PartitionKeys
 from rollfleet_common.messages import NO_VERSION, Claim, Header, Kind, Prompt, Tombstone
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import trainer
+from rollfleet_common.scripts.script import MAX_ARGUMENTS, chunks
+from rollfleet_common.scripts.trainer import Submission, Submitted
+from rollfleet_common.scripts.worker import Delivered, Delivery, deliver
 from rollfleet_common.text import I31, decoded, whole
 
 __all__ = [
@@ -32,60 +34,8 @@ __all__ = [
     "Submitted",
 ]
 
-_OPEN, _ADVANCE, _SUBMIT, _DELIVER, _SETTLE, _UNTRAIN, _CANCEL, _ADOPT = map(
-    load, ("open", "advance", "submit", "deliver", "settle", "untrain", "cancel", "adopt")
-)
-
-#: How long a payload outlives a delivery that never came: it is persisted when its header is
-#: written, and expires by itself if its worker lost the lease.
-PAYLOAD_TTL_MS = 600_000
 #: Fields of a prompt's entry: ours have nine. One of very many could not be handed back.
 MAX_FIELDS = 100
-#: Lua's `unpack` and reply sizes stay far from their limits.
-CHUNK = 500
-
-
-class Submitted(IntEnum):
-    """What became of one submitted group."""
-
-    YES = 1
-    #: The submission id was seen before; nothing was done.
-    KNOWN = 0
-    #: Over the limit; nothing was done.
-    FULL = -1
-
-
-class Delivered(IntEnum):
-    """What became of one delivery."""
-
-    YES = 1
-    #: There is no such lease: delivered before (a lost reply), or cancelled.
-    GONE = 0
-    #: Another worker holds the lease now.
-    STOLEN = -1
-    #: The payload is not in Redis; the lease is still ours.
-    NO_PAYLOAD = -2
-    #: Too old to be trained on; closed with a tombstone.
-    STALE = -3
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A group to submit, once."""
-
-    #: Unique in the run; submitting it again does nothing.
-    id: str
-    prompt: Prompt
-    #: Whether the feed's cursor knows it by its position; otherwise it is known by its id.
-    fed: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A finished episode: its header and the encoded payload."""
-
-    header: Header
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +92,17 @@ class Streams:
         Raises:
             SupersededError: A younger trainer has opened it.
         """
-        k = self.keys
-        opened, *cursor = await _OPEN(
+        dead_max, dead_age_ms = keep
+        return await trainer.open_(
             self.client,
-            [k.fence, k.rollouts, k.tombstones],
-            [token, epoch, version, min_useful, *keep],
+            self.keys,
+            token=token,
+            epoch=epoch,
+            version=version,
+            min_useful=min_useful,
+            dead_max=dead_max,
+            dead_age_ms=dead_age_ms,
         )
-        self._fenced(opened != 0)
-        return int(cursor[0])
 
     async def advance(self, token: str, version: int, min_useful: int) -> None:
         """Tell workers (through deliver) which versions are still useful.
@@ -157,8 +110,9 @@ class Streams:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        done = await _ADVANCE(self.client, [self.keys.fence], [token, version, min_useful])
-        self._fenced(done != 0)
+        await trainer.advance(
+            self.client, self.keys, token=token, version=version, min_useful=min_useful
+        )
 
     async def submit(
         self, token: str, limit: int, groups: Sequence[Submission], max_bytes: int
@@ -175,16 +129,8 @@ class Streams:
             InvalidPromptError, OversizeError: Before anything was sent.
             SupersededError: Another trainer has opened the run.
         """
-        k = self.keys
-        keys, args = [k.fence, k.ledger, k.marks, k.routes], [token, limit]
-        for group in groups:
-            p = group.prompt
-            keys += [k.prompts(p.route), k.group(p.group)]
-            args += [group.id, p.position if group.fed else -1, p.group, p.n, p.kind.value, p.route]
-            args += [encode_prompt(p, max_bytes), p.deadline_ms]
-        reply = await _SUBMIT(self.client, keys, args)
-        self._fenced(reply[0] != -2)
-        return [Submitted(state) for state in reply[:-1]], int(reply[-1])
+        rows = [(group, encode_prompt(group.prompt, max_bytes)) for group in groups]
+        return await trainer.submit(self.client, self.keys, token=token, limit=limit, groups=rows)
 
     async def cancel(self, token: str, prompt: Prompt, reason: str, at_most: int) -> int:
         """Settle up to `at_most` members of a group that were not delivered yet.
@@ -195,13 +141,9 @@ class Streams:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        k, p = self.keys, prompt
-        keys = [k.fence, k.ledger, k.tombstones, k.group(p.group), k.prompts(p.route)]
-        keys += [k.delayed(p.route), k.parked(p.route)]
-        args = [token, p.group, reason, p.task, p.position, at_most]
-        settled = int(await _CANCEL(self.client, keys, args))
-        self._fenced(settled != -2)
-        return settled
+        return await trainer.cancel(
+            self.client, self.keys, token=token, prompt=prompt, reason=reason, at_most=at_most
+        )
 
     async def make_trainer_groups(self) -> None:
         """Create the trainer's consumer groups where their stream was deleted. Idempotent."""
@@ -291,32 +233,8 @@ class Streams:
     # ---- 3. deliver --------------------------------------------------------------------------
 
     async def deliver(self, worker: str, items: Sequence[Delivery]) -> list[Delivered]:
-        """Publish rollouts and take their prompts off, in one round trip.
-
-        Payloads do not pass through Lua: they are set ahead with a TTL, and the script persists
-        those whose lease is still held. NX keeps a repeated call from putting the TTL back.
-        """
-        k = self.keys
-        pipe = self.client.pipeline(transaction=False)
-        keys: list[str] = [k.fence, k.ledger, k.rollouts, k.tombstones, k.tap, k.tapped]
-        args: list[Any] = [worker]
-        for item in items:
-            h = item.header
-            payload = k.payload(h.payload)
-            pipe.set(payload, item.payload, px=PAYLOAD_TTL_MS, nx=True)
-            keys += (k.prompts(h.route), k.group(h.group), payload)
-            args += (h.entry, h.index, h.kind.value, h.epoch, h.min_version, encode_header(h))
-            args += (h.group, h.n, h.task, h.position)
-        pipe.evalsha(_DELIVER.digest, len(keys), *keys, *args)
-        *stored, states = await pipe.execute(raise_on_error=False)
-        for reply in stored:
-            if isinstance(reply, Exception):
-                raise reply
-        if isinstance(states, NoScriptError):
-            states = await _DELIVER(self.client, keys, args)
-        if isinstance(states, Exception):
-            raise states
-        return [Delivered(state) for state in states]
+        """Publish rollouts and take their prompts off, in one round trip."""
+        return await deliver(self.client, self.keys, consumer=worker, items=items)
 
     # ---- 4. consume --------------------------------------------------------------------------
 
@@ -365,10 +283,10 @@ class Streams:
 
     async def fetch(self, payloads: Sequence[str]) -> list[bytes | None]:
         """Payloads by their key suffix; None where one is missing."""
-        if not payloads:
-            return []
-        reply: list[bytes | None] = await self.client.mget([self.keys.payload(p) for p in payloads])
-        return reply
+        found: list[bytes | None] = []
+        for some in chunks(payloads, MAX_ARGUMENTS - 1):
+            found += await self.client.mget([self.keys.payload(suffix) for suffix in some])
+        return found
 
     async def settle(
         self,
@@ -393,22 +311,15 @@ class Streams:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        k = self.keys
-        changed = 0
-        pieces = max(len(rollouts), len(groups), len(tombstones), 1)
-        for at in range(0, pieces, CHUNK):
-            end = at + CHUNK
-            r, g, t = rollouts[at:end], groups[at:end], tombstones[at:end]
-            if verb == "train":
-                g = groups  # they are only looked at
-            keys = [k.fence, k.ledger, k.rollouts, k.tombstones, k.trained, k.tap, k.tapped]
-            keys += [k.payload(suffix) for _, _, suffix in r] + [k.group(group) for group in g]
-            args = [token, verb, len(r), len(g), len(t)]
-            args += [entry for entry, _, _ in r] + [kind.value for _, kind, _ in r] + list(t)
-            done = int(await _SETTLE(self.client, keys, args))
-            self._fenced(done != -2)
-            changed += done
-        return changed
+        return await trainer.settle(
+            self.client,
+            self.keys,
+            token=token,
+            verb=verb,
+            rollouts=rollouts,
+            groups=groups,
+            tombstones=tombstones,
+        )
 
     async def untrain(self, token: str, rollouts: Sequence[tuple[str, Kind]]) -> int:
         """Owe rollouts to a trainer again that it had trained before its checkpoint was lost.
@@ -416,16 +327,7 @@ class Streams:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        k = self.keys
-        changed = 0
-        for at in range(0, len(rollouts), CHUNK):
-            args: list[Any] = [token]
-            for entry, kind in rollouts[at : at + CHUNK]:
-                args += (entry, kind.value)
-            done = int(await _UNTRAIN(self.client, [k.fence, k.ledger, k.trained], args))
-            self._fenced(done != -2)
-            changed += done
-        return changed
+        return await trainer.untrain(self.client, self.keys, token=token, rollouts=rollouts)
 
     async def adopt(self, token: str, consumer: str) -> tuple[list[str], list[str]]:
         """Own all that is unsettled, whoever read it; returns entries of rollouts and tombstones.
@@ -433,22 +335,13 @@ class Streams:
         Raises:
             SupersededError: Another trainer has opened the run.
         """
-        owned: tuple[list[str], list[str]] = ([], [])
-        for stream, entries in zip((self.keys.rollouts, self.keys.tombstones), owned, strict=True):
-            last = "0-0"
-            while True:
-                args = [token, consumer, last, CHUNK]
-                reply = await _ADOPT(self.client, [self.keys.fence, stream], args)
-                self._fenced(reply[0] != -2)
-                entries += [entry.decode() for entry in reply[1:]]
-                if len(reply) <= CHUNK:
-                    break
-                last = reply[0].decode()
-        return owned
-
-    def _fenced(self, held: bool) -> None:
-        if not held:
-            raise SupersededError.of(self.keys.run)
+        rollouts, tombstones = [
+            await trainer.adopt(
+                self.client, self.keys, token=token, consumer=consumer, stream=stream
+            )
+            for stream in (self.keys.rollouts, self.keys.tombstones)
+        ]
+        return rollouts, tombstones
 
 
 def _since(text: bytes) -> tuple[int, int]:

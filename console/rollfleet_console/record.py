@@ -27,12 +27,11 @@ from rollfleet_common.board import Board
 from rollfleet_common.errors import SettingsError, WireError
 from rollfleet_common.keys import PartitionKeys, RunKeys, check_name
 from rollfleet_common.recording import Row, Writer
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import reads
 from rollfleet_common.tasks import cancel_all
 
 __all__ = ["RecordingProgress", "record", "run_recording"]
 
-_TOLD = load("told")
 #: How long what was freed stays to be recorded; a tap stands a third of it, renewed four times.
 KEEP_MS = 60_000
 BLOCK_MS = 500
@@ -290,9 +289,9 @@ class _Reading:
 
     async def _entries(self, told: _Told) -> list[Any]:
         keys = told.keys
-        entries, added, length = await _TOLD(self.client, [keys.tapped], [told.last, COUNT])
-        told.look(int(added), int(length))
-        return [(entry, dict(zip(flat[::2], flat[1::2], strict=True))) for entry, flat in entries]
+        found = await reads.told(self.client, keys, after=told.last, at_most=COUNT)
+        told.look(found.added, found.length)
+        return found.entries
 
     async def _write(self, told: _Told, entries: list[Any]) -> None:
         keys = told.keys

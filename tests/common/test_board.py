@@ -12,6 +12,9 @@ from rollfleet_common.messages import PolicyVersion
 from rollfleet_common.redis import connect
 from rollfleet_common.staleness import replayed
 
+#: No script may touch a key that it was not given.
+pytestmark = pytest.mark.usefixtures("declared_keys")
+
 
 @pytest.fixture
 def board(rig: Rig) -> Board:

@@ -274,12 +274,12 @@ class History(RuleBasedStateMachine):
         worker = data.draw(self._busy())
         taken = self._take(worker, data.draw(picks), count)
         leases = Leases(self.client, self.part, worker)
-        entries = [claim.entry for claim, _, _ in taken]
-        back = self.do(leases.hand_back("default", entries))
+        mine = [(claim.entry, claim.prompt.group) for claim, _, _ in taken]
+        back = self.do(leases.hand_back("default", mine))
         tickets = [((claim.prompt.group, claim.index), ticket) for claim, ticket, _ in taken]
         assert back == len(self.model.hand_back(worker, tickets))
         if lost:
-            assert self.do(leases.hand_back("default", entries)) == 0
+            assert self.do(leases.hand_back("default", mine)) == 0
 
     @precondition(lambda self: any(self.held.values()))
     @rule(data=st.data())
@@ -582,7 +582,7 @@ class History(RuleBasedStateMachine):
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 + EXAMPLES)
-def test_random_histories_agree_with_the_model(redis_url: str):
+def test_random_histories_agree_with_the_model(redis_url: str, declared_keys: None):
     runner = asyncio.Runner()
 
     class Bound(History):

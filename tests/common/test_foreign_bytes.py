@@ -24,6 +24,9 @@ from rollfleet_common.servers import Servers
 from rollfleet_common.streams import Arrivals, Delivered, Garbage, _read_tombstone, _sort
 from rollfleet_common.text import json_safe, parse_json, printable, whole
 
+#: No script may touch a key that it was not given.
+pytestmark = pytest.mark.usefixtures("declared_keys")
+
 LAST = "18446744073709551615-18446744073709551615"
 #: What nobody should write, and somebody does.
 ABSURD = [

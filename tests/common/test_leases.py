@@ -13,7 +13,11 @@ from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import AttemptFailure, Leases, quarantine
 from rollfleet_common.messages import Claim, Kind
 from rollfleet_common.redis import connect
+from rollfleet_common.scripts import worker as scripts
 from rollfleet_common.streams import Delivered, Garbage
+
+#: No script may touch a key that it was not given.
+pytestmark = pytest.mark.usefixtures("declared_keys")
 
 DATA = AttemptFailure(FailureKind.DATA, 'it said "no"\nand ended', "w1")
 
@@ -238,7 +242,7 @@ async def test_out_of_memory_leaves_a_failed_prompt_pending(rig: Rig):
         with pytest.raises(OutOfMemoryError):
             await rig.leases().fail(second, INFRA, None)
         with pytest.raises(OutOfMemoryError):
-            await rig.leases().hand_back("default", [first.entry])
+            await rig.leases().hand_back("default", [(first.entry, "g")])
         assert await rig.snapshot() == before
     finally:
         await rig.client.config_set("maxmemory", "0")
@@ -260,7 +264,7 @@ async def test_a_failure_after_its_group_was_forgotten_makes_no_record_anew(rig:
     assert await rig.leases().fail(claim, INFRA, 0)
     await rig.leases().promote("default")
     (claim,) = await rig.claim()
-    assert await rig.leases().hand_back("default", [claim.entry]) == 1
+    assert await rig.leases().hand_back("default", [(claim.entry, "g")]) == 1
     (claim,) = await rig.claim()
     await rig.streams.deliver("w1", [delivery_of(claim)])
     assert await rig.record("g") == {}
@@ -305,10 +309,11 @@ async def test_a_lost_reply_of_promote_brings_a_prompt_back_once(rig: Rig, redis
     with TcpProxy(redis_url) as proxy:
         client: Any = connect(proxy.url, role="far")
         leases = Leases(client, rig.part, "w1")
-        await leases.promote("never-seen")
+        members, _ = await scripts.due(client, rig.part, route="default", at_most=9)
+        await scripts.promote(client, rig.part, route="never-seen", members=[b"g:0"])
         proxy.drop_replies(b"EVALSHA")
         with pytest.raises(RedisConnectionError):
-            await leases.promote("default")
+            await scripts.promote(client, rig.part, route="default", members=members)
         proxy.resume()
         assert await leases.promote("default") == (0, -1)
         await client.aclose()
@@ -350,9 +355,9 @@ async def test_hand_back_keeps_attempt_and_history_and_the_record_follows(rig: R
     await rig.leases().promote("default")
     (first,) = await rig.claim()
     await rig.client.xclaim(rig.part.prompts("default"), "workers", "w9", 0, [kept.entry])
-    entries = [first.entry, second.entry, kept.entry, "5-5"]
-    assert await rig.leases().hand_back("default", entries) == 2
-    assert await rig.leases().hand_back("default", entries) == 0
+    held = [(entry, "g") for entry in (first.entry, second.entry, kept.entry, "5-5")]
+    assert await rig.leases().hand_back("default", held) == 2
+    assert await rig.leases().hand_back("default", held) == 0
     books = await rig.books()
     assert (books.waiting, books.in_flight) == (2, 1)
     again = await rig.claim(worker="w2")
@@ -367,25 +372,25 @@ async def test_hand_back_wakes_a_blocked_claim(rig: Rig):
     await rig.submit(prompt_of("g", 1))
     (claim,) = await rig.claim()
     waiting = asyncio.create_task(rig.streams.claim(rig.reader, "w2", ["default"], 1, 2000))
-    assert await rig.leases().hand_back("default", [claim.entry]) == 1
+    assert await rig.leases().hand_back("default", [(claim.entry, "g")]) == 1
     ((again,), _) = await waiting
     assert (again.index, again.attempt) == (0, 1)
 
 
 async def test_a_lost_reply_of_hand_back_gives_back_once(rig: Rig, redis_url: str):
     await rig.submit(prompt_of("g", 2))
-    entries = [claim.entry for claim in await rig.claim()]
+    held = [(claim.entry, "g") for claim in await rig.claim()]
     with TcpProxy(redis_url) as proxy:
         client: Any = connect(proxy.url, role="far")
         leases = Leases(client, rig.part, "w1")
-        await leases.hand_back("default", ["5-5"])
+        await leases.hand_back("default", [("5-5", "g")])
         proxy.drop_replies(b"EVALSHA")
         with pytest.raises(RedisConnectionError):
-            await leases.hand_back("default", entries)
+            await leases.hand_back("default", held)
         proxy.resume()
         # Another worker has them by now.
         assert len(await rig.claim(worker="w2")) == 2
-        assert await leases.hand_back("default", entries) == 0
+        assert await leases.hand_back("default", held) == 0
         await client.aclose()
     assert (await rig.books()).in_flight == 2
 
@@ -393,7 +398,7 @@ async def test_a_lost_reply_of_hand_back_gives_back_once(rig: Rig, redis_url: st
 async def test_a_delivery_after_hand_back_is_gone(rig: Rig):
     await rig.submit(prompt_of("g", 1))
     (claim,) = await rig.claim()
-    await rig.leases().hand_back("default", [claim.entry])
+    await rig.leases().hand_back("default", [(claim.entry, "g")])
     assert await rig.streams.deliver("w1", [delivery_of(claim)]) == [Delivered.GONE]
     await rig.books()
 

@@ -4,6 +4,9 @@ from fixtures.rig import INFRA, TOKEN, Rig, delivery_of, prompt_of
 from rollfleet_common.ledger import Books, read_books
 from rollfleet_common.messages import Kind
 
+#: No script may touch a key that it was not given.
+pytestmark = pytest.mark.usefixtures("declared_keys")
+
 
 async def test_empty_books(rig: Rig):
     books = await rig.books()
@@ -18,7 +21,7 @@ async def test_every_place_is_told_apart(rig: Rig):
     claims = await rig.claim(7)
     waiting, flying, *rest = claims
     delayed, dead, *done = rest
-    await rig.leases().hand_back("default", [waiting.entry])
+    await rig.leases().hand_back("default", [(waiting.entry, waiting.prompt.group)])
     assert await rig.leases().fail(delayed, INFRA, 60_000)
     assert await rig.leases().fail(dead, INFRA, None)
     await rig.streams.deliver("w1", [delivery_of(claim) for claim in done[:2]])

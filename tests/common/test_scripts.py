@@ -1,10 +1,14 @@
+import inspect
 import re
 import socket
+import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fakeredis
 import pytest
+from fixtures.declared_keys import checked
 from fixtures.rig import INFRA, SHAPE, TOKEN, Rig, delivery_of, prompt_of
 from redis.exceptions import NoPermissionError, ResponseError
 from support import wait_until_async
@@ -16,6 +20,8 @@ from rollfleet_common.keys import PartitionKeys, RunKeys
 from rollfleet_common.leases import Leases
 from rollfleet_common.ledger import read_books
 from rollfleet_common.redis import connect
+from rollfleet_common.scripts import operator, reads, run, trainer, worker
+from rollfleet_common.servers import RegisteredServer, Servers, ServerWeights, WeightState
 from rollfleet_common.streams import Delivered, Garbage, Streams, Submission, Submitted
 
 TEXTS = scripts.script_texts()
@@ -25,7 +31,8 @@ ALLOW_OOM = {
     *("refit", "register", "release", "renew", "seize", "settle", "untrain"),
 }
 #: Scripts that write nothing.
-READS = {"route", "there", "told"}
+READS = {"due", "route", "there", "told"}
+SERVER = "http://10.0.0.7:8000"
 
 
 def test_every_script_is_loaded_under_its_own_digest():
@@ -46,20 +53,19 @@ def test_what_frees_or_steers_runs_without_memory_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
-def test_scripts_touch_keys_of_one_tag_only(name: str):
-    """Every key is one of KEYS, or a group record: the prefix of its siblings and a group's name."""
+def test_scripts_name_their_keys_as_keys(name: str):
+    """What the checker shows of the branches that run, read from the text of all of them."""
     text = re.sub(r"--[^\n]*", "", TEXTS[name])
     calls = re.findall(r"redis\.p?call\(\s*'(\w+)'\s*(?:,\s*([^,)]+(?:\.\.[^,)]+)?))?", text)
     assert calls
+    # Parameters of local functions that are called with KEYS, and copies of one of KEYS.
     allowed = {
-        "handback": {"ARGV[2] .. f.g", "stream"},  # of `holder`, which is called with KEYS
-        **{step: {"stream"} for step in ("deliver", "renew", "mend")},
-        # Of `holder` and of `cut`, which are called with KEYS.
+        **{step: {"stream"} for step in ("deliver", "handback", "renew", "mend")},
         "fail": {"stream", "fence", "dead", "ledger"},
         "quarantine": {"fence", "dead", "ledger"},
         "promote": {"group"},
-        "ledger": {"key"},  # of `pending`, which is called with KEYS
-        "settle": {"payload"},  # of `free`, which is called with KEYS
+        "ledger": {"key"},
+        "settle": {"payload"},
     }.get(name, set())
     for command, first in calls:
         if command == "TIME":
@@ -78,48 +84,124 @@ def test_scripts_touch_keys_of_one_tag_only(name: str):
     for payload in re.findall(r" free\(entry, ([^\n]+)\)\n", text.replace("function free", "")):
         assert re.fullmatch(r"KEYS\[.+\]", payload)
     if name == "promote":
-        assert "local group = ARGV[2] .. f[1]" in text
+        assert "local member, group = ARGV[i], KEYS[3 + i]" in text
 
 
-class _Watched:
-    """A client that remembers the keys of every script call."""
+def stubs() -> dict[str, Any]:
+    """The typed functions, by the name of their script."""
+    found: dict[str, Any] = {}
+    for module in (run, trainer, worker, reads, operator):
+        for name in module.__all__:
+            if inspect.iscoroutinefunction(stub := getattr(module, name)):
+                assert name.removesuffix("_") not in found
+                found[name.removesuffix("_")] = stub
+    return found
 
-    def __init__(self, client: Any, seen: list[list[str]]) -> None:
-        self._client, self._seen = client, seen
+
+def test_every_script_has_one_typed_function_and_the_other_way_round():
+    assert sorted(stubs()) == sorted(TEXTS)
+    for name, stub in stubs().items():
+        hints = typing.get_type_hints(stub)
+        assert "return" in hints, name
+        _, *parameters = inspect.signature(stub).parameters.values()
+        for parameter in parameters:
+            named = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            # After the client and the names of a run or a partition, everything is named.
+            assert named or hints[parameter.name] in (RunKeys, PartitionKeys), (name, parameter)
+
+
+def test_nothing_else_calls_a_script():
+    """A list of keys and arguments is made in the package of the scripts alone."""
+    root = Path(scripts.__file__).parents[3]
+    callers = [
+        path.relative_to(root)
+        for folder in ("common", "engines", "producer", "worker", "console", "demo")
+        for path in (root / folder).rglob("*.py")
+        if re.search(
+            r"\.evalsha\(|\.eval\(|\"EVAL(SHA)?\"|scripts import .*\bload\b|scripts\.load\(",
+            path.read_text("utf-8"),
+        )
+    ]
+    package = Path("common/rollfleet_common/scripts")
+    assert {path for path in callers if path.parent != package} == set()
+
+
+def head_of(name: str) -> str:
+    """What a script says that its KEYS are."""
+    (head,) = re.findall(r"(?m)^-- KEYS (.+?)(?:   ARGV|\n-- (?! ))", TEXTS[name], re.DOTALL)
+    return " ".join(head.replace("\n--", "").split())
+
+
+def pattern_of(name: str) -> str:
+    """The same as a pattern of the words that stand for keys."""
+    fixed, *repeated = head_of(name).split(";")
+    numbers, words = zip(*re.findall(r"(\d+) (\w+)", fixed), strict=True)
+    assert list(map(int, numbers)) == list(range(1, len(numbers) + 1)), name
+    said = "".join(f"{_word(word)} " for word in words)
+    for part in repeated:
+        each = part.partition(":")[2].split(",")
+        said += "(?:" + "".join(f"{_word(word.strip())} " for word in each) + ")*"
+    return said
+
+
+def _word(word: str) -> str:
+    """Some scripts take any stream or hash."""
+    return r"\w+" if word in ("stream", "key", "copy") else word
+
+
+class Watched:
+    """A client that remembers the keys of every script call, and counts its words."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        #: (digest, keys) of every call.
+        self.seen: list[tuple[str, list[str]]] = []
+        self.most = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    def _note(self, number: int, args: tuple[Any, ...]) -> None:
-        self._seen.append([a.decode() if isinstance(a, bytes) else a for a in args[:number]])
+    def _note(self, digest: str, number: int, *args: Any) -> None:
+        keys = [a.decode() if isinstance(a, bytes) else a for a in args[:number]]
+        self.seen.append((digest, keys))
+        self.most = max(self.most, 3 + len(args))
 
-    async def evalsha(self, digest: str, number: int, *args: Any) -> Any:
-        self._note(number, args)
-        return await self._client.evalsha(digest, number, *args)
+    async def evalsha(self, *args: Any) -> Any:
+        self._note(*args)
+        return await self._client.evalsha(*args)
+
+    async def mget(self, names: list[str]) -> Any:
+        self.most = max(self.most, 1 + len(names))
+        return await self._client.mget(names)
 
     def pipeline(self, **options: Any) -> Any:
         pipe = self._client.pipeline(**options)
-        plain = pipe.evalsha
+        plain = pipe.execute_command
 
-        def evalsha(digest: str, number: int, *args: Any) -> Any:
-            self._note(number, args)
-            return plain(digest, number, *args)
+        def execute_command(*args: Any, **more: Any) -> Any:
+            if args[0] == "EVALSHA":
+                self._note(*args[1:])
+            return plain(*args, **more)
 
-        pipe.evalsha = evalsha
+        pipe.execute_command = execute_command
         return pipe
 
 
-async def live(client: Any, run: str = "life") -> None:
+async def live(client: Any, name: str = "life") -> None:
     """Every atomic step once, from opening a run to its empty end."""
-    keys = RunKeys(run)
+    keys = RunKeys(name)
     part = keys.partition(0)
     board, streams = Board(client, keys), Streams(client, part)
+    servers = Servers(client, keys)
+    assert (await board.claim(TOKEN, 9000, "me", take_over=True)).ok
     seized = await board.seize(TOKEN, 9000, "me", SHAPE, version=-1, take_over=True)
     await board.hold(TOKEN, 9000)
     assert await streams.open(TOKEN, seized.epoch, 0, 0) == -1
     await streams.make_groups(["default"])
     await board.publish(TOKEN, {"version": 1, "weights": "w"})
     await streams.advance(TOKEN, 1, 1)
+    assert await servers.add(RegisteredServer(SERVER))
+    await servers.tell(TOKEN, [ServerWeights(SERVER, WeightState.SERVING, 1)])
 
     rows = [Submission(name, prompt_of(name, 3)) for name in ("a", "b")]
     rows.append(Submission("@0", prompt_of("p0", 2, position=0)))
@@ -136,7 +218,7 @@ async def live(client: Any, run: str = "life") -> None:
     assert await leases.fail(a[0], INFRA, 0)
     assert await leases.fail(a[1], INFRA, None)
     assert (await leases.promote("default"))[0] == 1
-    assert await leases.hand_back("default", [a[2].entry]) == 1
+    assert await leases.hand_back("default", [(a[2].entry, "a")]) == 1
     ((taken, _, _),) = await others.reclaim(streams, "default", 0, 1)
     assert not isinstance(taken, Garbage)
     assert taken.entry == b[0].entry
@@ -149,6 +231,20 @@ async def live(client: Any, run: str = "life") -> None:
     assert (
         await streams.deliver("w1", [delivery_of(c, version=1) for c in p]) == [Delivered.YES] * 2
     )
+    mended = await trainer.mend(
+        client,
+        part,
+        token=TOKEN,
+        group="a",
+        route="default",
+        body=b"",
+        task="",
+        position=-1,
+        holds={},
+    )
+    assert mended == [trainer.Mended.WELL] * 3
+    view = await reads.route(client, part, route="default")
+    assert (view.length, view.pending) == (2, 0)
     assert await streams.cancel(TOKEN, prompt_of("a", 3), "surplus", 9) == 2
     await leases.reap("default", 0)
 
@@ -160,11 +256,21 @@ async def live(client: Any, run: str = "life") -> None:
     assert None not in await streams.fetch([h.payload for _, h in arrivals.headers])
     rollouts = [(entry, h.kind, h.payload) for entry, h in arrivals.headers]
     stones = [entry for entry, _ in arrivals.tombstones]
+    found = [*(entry for entry, _, _ in rollouts), "5-5"]
+    assert await reads.there(client, key=part.rollouts, kind="stream", things=found) == [
+        *[True] * 4,
+        False,
+    ]
+    assert await operator.rebuild_stream(client, stream=part.rollouts) is None
+    await client.set(part.tap, 60_000, px=60_000)
     await board.plan(TOKEN, 1, b"plan")
     assert await streams.settle(TOKEN, "train", rollouts) == 4
     assert await streams.untrain(TOKEN, [row[:2] for row in rollouts]) == 4
     assert await streams.settle(TOKEN, "commit", rollouts[:2]) == 2
     assert await streams.settle(TOKEN, "drop:stale", rollouts[2:], ["a", "b", "p0"], stones) == 2
+    told = await reads.told(client, part, after="0-0", at_most=9)
+    assert [fields[b"v"] for _, fields in told.entries] == [b"commit"] * 2 + [b"drop:stale"] * 2
+    await client.delete(part.tap, part.tapped)
     await board.plan(TOKEN, 1, None)
     books = await read_books(client, [part])
     assert (books.balance, books.submitted, books.outstanding) == (0, 8, 0)
@@ -180,14 +286,43 @@ async def live(client: Any, run: str = "life") -> None:
     }
 
 
-async def test_keys_of_every_call_share_one_tag(redis_url: str):
+async def test_scripts_touch_only_the_keys_that_their_heads_name(
+    redis_url: str, declared_keys: None
+):
+    """All of them, under a checker, with what their typed functions make of names."""
     rig = Rig(redis_url, "life")
-    seen: list[list[str]] = []
-    await live(_Watched(rig.client, seen))
-    assert len(seen) > 20
-    for keys in seen:
+    client = Watched(rig.client)
+    await live(client)
+    names = {scripts.load(name).digest: name for name in TEXTS}
+    assert {names[digest] for digest, _ in client.seen} == TEXTS.keys()
+    for digest, keys in client.seen:
+        words = "".join(re.sub(r"^rf:\{.+?\}:(\w+).*$", r"\1 ", key) for key in keys)
+        assert re.fullmatch(pattern_of(names[digest]), words), (names[digest], keys)
         assert len({re.search(r"\{(.+?)\}", key).group(1) for key in keys}) == 1, keys  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
     await rig.close()
+
+
+async def test_the_checker_refuses_undeclared_keys(redis_url: str):
+    rig = Rig(redis_url)
+    for text in (
+        "return redis.call('GET', KEYS[1] .. 'y')",
+        "return redis.pcall('XINFO', 'GROUPS', ARGV[1])",
+        "#!lua flags=allow-oom\nreturn redis.call('UNLINK', KEYS[1], ARGV[1])",
+    ):
+        with pytest.raises(ResponseError, match="UNDECLARED"):
+            await rig.client.eval(checked(text), 1, "{a}x", "{a}y")
+    with pytest.raises(ResponseError, match="UNDECLARED: two hash tags"):
+        await rig.client.eval(checked("return 1"), 2, "{a}x", "{b}x")
+    assert await rig.client.eval(checked("return redis.call('GET', KEYS[1])"), 1, "{a}x") is None
+    await rig.close()
+
+
+def test_the_table_of_scripts_is_true():
+    """docs/wire.md says which keys each script is given."""
+    page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| `(\w+)\.lua` \| (.+?) \|", page)
+    assert dict(rows) == {name: head_of(name) for name in TEXTS}
+    assert [name for name, _ in rows] == sorted(TEXTS)
 
 
 async def test_a_cluster_takes_every_step(make_server: Callable[..., EmbeddedServer]):

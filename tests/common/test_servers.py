@@ -13,6 +13,9 @@ from rollfleet_common.servers import (
     server_url,
 )
 
+#: No script may touch a key that it was not given.
+pytestmark = pytest.mark.usefixtures("declared_keys")
+
 A, B = "http://10.0.0.7:8000", "http://10.0.0.8:8000/prefix"
 
 

@@ -18,6 +18,9 @@ from rollfleet_common.messages import Kind
 from rollfleet_common.redis import connect
 from rollfleet_common.streams import Delivered, Garbage, Streams, Submission, Submitted
 
+#: No script may touch a key that it was not given.
+pytestmark = pytest.mark.usefixtures("declared_keys")
+
 YES, KNOWN, FULL = Submitted.YES, Submitted.KNOWN, Submitted.FULL
 
 
@@ -786,7 +789,7 @@ async def test_cancel_settles_waiting_delayed_and_in_flight_members(rig: Rig):
     assert await rig.leases().renew("default", [flying.entry]) == [flying.entry]
     assert await rig.streams.deliver("w1", [delivery_of(flying)]) == [Delivered.GONE]
     assert not await rig.leases().fail(flying, INFRA, 0)
-    assert await rig.leases().hand_back("default", [flying.entry]) == 0
+    assert await rig.leases().hand_back("default", [(flying.entry, "g")]) == 0
     await rig.books()
 
 
@@ -803,7 +806,7 @@ async def test_cancel_finds_a_prompt_wherever_it_moved(rig: Rig):
     prompt = prompt_of("g", 3)
     await rig.submit(prompt)
     handed, failed, _ = await rig.claim()
-    assert await rig.leases().hand_back("default", [handed.entry]) == 1
+    assert await rig.leases().hand_back("default", [(handed.entry, "g")]) == 1
     assert await rig.leases().fail(failed, INFRA, 0)
     assert (await rig.leases().promote("default"))[0] == 1
     await rig.claim(1, "w2")
@@ -854,7 +857,7 @@ async def test_adopt_finds_what_a_lost_reply_stranded(rig: Rig):
 
 
 async def test_adopt_follows_its_cursor(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rollfleet_common.streams.CHUNK", 3)
+    monkeypatch.setattr("rollfleet_common.scripts.trainer.ADOPT_CHUNK", 3)
     headers = await rig.delivered(prompt_of("g", 9), prompt_of("h", 1))
     assert (await rig.streams.adopt(TOKEN, "t2"))[0] == [entry for entry, _ in headers]
 

@@ -168,11 +168,11 @@ class Claimer:
     async def _hand_back(self, claims: Sequence[Claim]) -> None:
         """Give back what was just claimed, as if it never had been."""
         for route in {claim.prompt.route for claim in claims}:
-            entries = [claim.entry for claim in claims if claim.prompt.route == route]
+            held = [(c.entry, c.prompt.group) for c in claims if c.prompt.route == route]
             # May be repeated: what is back already is no longer ours.
             await retry(
-                lambda route=route, entries=entries: self.leases.hand_back(route, entries),  # type: ignore[misc]
-                what=f"hand back {len(entries)} leases",
+                lambda route=route, held=held: self.leases.hand_back(route, held),  # type: ignore[misc]
+                what=f"hand back {len(held)} leases",
                 deadline_s=None,
                 on_wait=self.on_wait,
             )

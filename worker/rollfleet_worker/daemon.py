@@ -547,19 +547,18 @@ class Worker:
 
     async def _hand_back(self) -> None:
         """Give what is left to the other workers."""
-        left = self._active()
-        for _, task in list(self._alive.values()):
+        left: dict[tuple[int, str], list[tuple[str, str]]] = defaultdict(list)
+        for claim, task in list(self._alive.values()):
+            left[claim.partition, claim.prompt.route].append((claim.entry, claim.prompt.group))
             task.cancel()
         if self.parking is not None:
             # Before the leases: whoever takes one up reads what is parked.
             await self.parking.flush(PARK_S)
-        for (partition, route), entries in left.items():
+        for (partition, route), held in left.items():
             leases = self.outboxes[partition].leases
             back = await retry(
-                lambda leases=leases, route=route, entries=entries: leases.hand_back(
-                    route, entries
-                ),  # type: ignore[misc]
-                what=f"hand back {len(entries)} leases",
+                lambda leases=leases, route=route, held=held: leases.hand_back(route, held),  # type: ignore[misc]
+                what=f"hand back {len(held)} leases",
                 deadline_s=LAST_WORDS_S,
             )
             log.info("handed back", route=route, leases=back)

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Settle what is left of a group before any of it was delivered: waiting, delayed or in flight.
 -- Workers learn it at their next renewal, because the lease is no longer theirs.
--- KEYS 1 fence  2 ledger  3 tombstones  4 group  5 prompts stream  6 delayed  7 parked
+-- KEYS 1 fence  2 ledger  3 tombstones  4 group  5 prompts  6 delayed  7 parked
 -- ARGV 1 token  2 group  3 reason  4 task  5 position  6 at most (members to settle)
 -- Returns how many members were settled, or -2 if the token is superseded.
 local function number(raw, otherwise)

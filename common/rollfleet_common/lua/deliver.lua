@@ -2,8 +2,7 @@
 -- Lua does not roll back, so the order is: check, XADD, PERSIST, and only then XACK and XDEL. The XADD
 -- may be refused (out of memory, a stream of no more ids): then the prompt stays pending, and the
 -- payload keeps its TTL. What comes after it may not fail, or every repeat would add once more.
--- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 tap  6 tapped, then per item: prompts stream,
---      group, payload
+-- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 tap  6 tapped; per item: prompts, group, payload
 -- ARGV 1 consumer, then per item:
 --      entry, index, kind, epoch, min_version, header, group, n, task, position
 -- Returns per item: 1 delivered, 0 gone (no lease: delivered before, or cancelled), -1 stolen,
@@ -21,8 +20,6 @@ end
 local fence = redis.call('HMGET', KEYS[1], 'epoch', 'min_useful')
 -- A fence that cannot be read refuses nothing: the trainer judges everything again.
 local epoch, min_useful = fence[1], number(fence[2], -1) or -1
-local tap = number(redis.call('GET', KEYS[5]))
-tap = tap and tap > 0 and tap <= 86400000 and tap
 local states = {}
 local key, arg = 7, 2
 while arg <= #ARGV do
@@ -37,7 +34,8 @@ while arg <= #ARGV do
     redis.call('XADD', KEYS[4], '*', 'g', ARGV[arg + 6], 'i', index, 'n', ARGV[arg + 7], 'k', kind,
       't', ARGV[arg + 8], 'p', ARGV[arg + 9], 'r', 'stale',
       'e', 'oldest trained token of version ' .. ARGV[arg + 4] .. ', useful from ' .. min_useful)
-    if tap then -- somebody records: as in settle
+    local tap = number(redis.call('GET', KEYS[5]))
+    if tap and tap > 0 and tap <= 86400000 then -- somebody records: as in settle
       redis.pcall('XADD', KEYS[6], 'MAXLEN', '50000', '*', 'v', 'drop:stale', 'h', ARGV[arg + 5])
       redis.call('PEXPIRE', KEYS[6], tap)
       redis.call('PEXPIRE', KEYS[key + 2], tap)

@@ -1,7 +1,7 @@
 -- A lease ended without a rollout: park the prompt for its next attempt, bury it, or give it up.
 -- What may be refused comes first; a counter that cannot be raised stops nothing, or every repeat would
 -- bury the prompt once more.
--- KEYS 1 prompts stream  2 delayed  3 parked  4 dead  5 tombstones  6 ledger  7 group  8 fence
+-- KEYS 1 prompts  2 delayed  3 parked  4 dead  5 tombstones  6 ledger  7 group  8 fence
 -- ARGV 1 consumer  2 entry  3 delay in ms (-1: no attempts left; -2: too stale)  4 record of this failure (one
 --      line of JSON)  5 task  6 position  7 failure kind
 -- Returns 1 parked, 2 ended, 0 gone, -1 stolen.

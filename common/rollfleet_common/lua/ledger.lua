@@ -1,8 +1,7 @@
 #!lua flags=allow-oom
 -- Read the books of one partition at one instant. Nothing here is derived from a sibling term:
 -- places are counted in the structures that hold the prompts, totals in the counters of scripts.
--- KEYS 1 ledger  2 rollouts  3 tombstones  4 trained  5 dead  6 fence,
---      then per route: prompts stream, delayed
+-- KEYS 1 ledger  2 rollouts  3 tombstones  4 trained  5 dead  6 fence; per route: prompts, delayed
 -- Returns {counters (flat), XLEN rollouts, XPENDING rollouts, XLEN tombstones, SCARD trained,
 --          XLEN dead, fence (flat), XLEN prompts and XPENDING prompts and ZCARD delayed per route}.
 local function pending(key, group)

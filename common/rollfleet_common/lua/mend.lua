@@ -1,15 +1,22 @@
 -- Submit again, or close, the members of one group that are in no place any more. What waits to be
 -- read, is leased, parked or delivered is left alone, so that a repeat changes nothing.
--- KEYS 1 fence  2 ledger  3 tombstones  4 group  5 prompts stream  6 delayed  7 parked  8 rollouts
+-- KEYS 1 fence  2 ledger  3 tombstones  4 group  5 prompts  6 delayed  7 parked  8 rollouts
 -- ARGV 1 token  2 group  3 prompt body ('': not known, close what has no entry left)  4 task
---      5 position, then pairs of index, entry: the rollouts that the trainer holds, which count in
---      place of what the group says
--- Returns the state of each member: 0 left alone, 1 submitted again, 2 closed with a tombstone; 3 and
--- 4 the same for one that was delivered and whose header is gone. {-2} if the token is superseded.
+--      5 position  6 first member to look at  7 how many, then pairs of index, entry: the rollouts that
+--      the trainer holds, which count in place of what the group says
+-- Returns {size of the group, state of each member looked at}: 0 left alone, 1 submitted again, 2
+-- closed with a tombstone; 3 and 4 the same for one that was delivered and whose header is gone. {-2}
+-- if the token is superseded.
+local function number(raw, otherwise)
+  if not raw then return otherwise end
+  return #raw <= 16 and string.find(raw, '^%-?%d+$') and tonumber(raw) or nil
+end
 local fence = redis.call('HMGET', KEYS[1], 'token', 'epoch', 'version')
 if fence[1] ~= ARGV[1] then return {-2} end
-local n = tonumber(redis.call('HGET', KEYS[4], 'n') or '0')
+-- A record that somebody else wrote may claim anything: as in cancel.
+local n = math.min(number(redis.call('HGET', KEYS[4], 'n'), 0) or 0, 100000)
 local kind = redis.call('HGET', KEYS[4], 'kind')
+if kind ~= 'train' and kind ~= 'eval' then return {0} end
 local function numbers(id)
   local ms, seq = string.match(id, '^(%d+)-(%d+)$')
   return tonumber(ms), tonumber(seq)
@@ -43,9 +50,11 @@ local function close(i)
   redis.call('HINCRBY', KEYS[2], 'settled:' .. kind, 1)
 end
 local holds = {}
-for at = 6, #ARGV, 2 do holds[ARGV[at]] = ARGV[at + 1] end
+for at = 8, #ARGV, 2 do holds[ARGV[at]] = ARGV[at + 1] end
 local states = {}
-for i = 0, n - 1 do
+local first = tonumber(ARGV[6])
+for i = first, math.min(first + ARGV[7], n) - 1 do
+  local at = i - first + 1
   local where = redis.call('HGET', KEYS[4], i) or ''
   local state, entry = string.sub(where, 1, 1), string.sub(where, 2)
   local done = 0
@@ -58,7 +67,7 @@ for i = 0, n - 1 do
     elseif ms < last_ms or ms == last_ms and seq <= last_seq then
       submit(i, found[2])
       redis.call('XDEL', KEYS[5], entry)
-      states[i + 1] = 1
+      states[at] = 1
     end
   elseif state == 'd' then
     local member = ARGV[2] .. ':' .. i
@@ -76,6 +85,7 @@ for i = 0, n - 1 do
       redis.call('HDEL', KEYS[7], ARGV[2] .. ':' .. i)
     end
   end
-  states[i + 1] = states[i + 1] or done
+  states[at] = states[at] or done
 end
+table.insert(states, 1, n)
 return states

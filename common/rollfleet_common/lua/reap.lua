@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Forget consumers that are long gone. One that still holds leases is left alone, because
 -- XGROUP DELCONSUMER would drop them.
--- KEYS 1 prompts stream   ARGV 1 idle for at least, in ms   Returns how many were forgotten.
+-- KEYS 1 prompts   ARGV 1 idle for at least, in ms
+-- Returns how many were forgotten.
 local reaped = 0
 for _, row in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], 'workers')) do
   local c = {}

@@ -1,7 +1,7 @@
 -- Build a stream anew that takes no more entries, because one was given the highest id there is.
 -- Redis cannot lower a stream's last id below one that it ever held, so the others are copied, with
 -- their ids, groups, consumers and leases. For an operator: it needs rights that no role has.
--- KEYS 1 stream  2 a key for the copy   ARGV 1 the highest id
+-- KEYS 1 stream  2 copy   ARGV 1 the highest id
 -- Returns how many entries were kept, or -1 if the stream needs no mending.
 local function pairs_of(row)
   local f = {}

@@ -3,7 +3,7 @@
 -- and so never reaches the dead ones of a busy fleet.
 -- A prompt whose last delivery but one is behind it is a suspect: it may be what kills workers, or
 -- it was just beside that. Suspects are taken few at a time, so that the next death tells them apart.
--- KEYS 1 prompts stream   ARGV 1 consumer  2 lease in ms  3 at most
+-- KEYS 1 prompts   ARGV 1 consumer  2 lease in ms  3 at most
 --      4 deliveries that make a suspect  5 deliveries that end it  6 suspects to take, at most
 -- Returns {suspects passed over, {entry, deliveries, fields, owner before} of each}.
 local taken, passed = {}, 0

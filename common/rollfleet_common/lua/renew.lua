@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Renew the leases of one worker, and tell it which are no longer its own (stolen or cancelled).
--- KEYS 1 prompts stream   ARGV 1 consumer, 2.. entries (at most 1,000: unpack has a limit)
+-- KEYS 1 prompts   ARGV 1 consumer, 2.. entries (at most 1,000: unpack has a limit)
 -- Returns the entries that are lost.
 -- A stream or group that is gone (Redis was flushed) holds no leases.
 local function holder(stream, entry)

@@ -1,6 +1,6 @@
 #!lua flags=no-writes,allow-oom
 -- Look at one route of a partition at one instant; also when Redis is full.
--- KEYS 1 prompts stream  2 delayed
+-- KEYS 1 prompts  2 delayed
 -- Returns {XLEN, pending, oldest pending entry, oldest unread entry, ZCARD delayed, first due time,
 --          {consumer, pending, ...}}; '' where there is none. No group: nobody ever read the route.
 local length, pending, oldest, read, holders = redis.call('XLEN', KEYS[1]), 0, '', '0-0', {}

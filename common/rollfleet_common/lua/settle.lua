@@ -2,8 +2,8 @@
 -- The trainer's verdicts on rollouts. Every step is idempotent: what was settled is skipped. What somebody
 -- else deleted, or took from our pending list, is settled while its group's record names it: a group is
 -- settled with its record, not before it.
--- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 trained  6 tap  7 tapped, then payloads and
---      group records
+-- KEYS 1 fence  2 ledger  3 rollouts  4 tombstones  5 trained  6 tap  7 tapped; per rollout: payload;
+--      per group: group
 -- ARGV 1 token  2 verb: train | commit[:<what of the batch>] | drop:<reason>  3 number of rollouts r
 --      4 number of groups g  5 number of tombstones t, then r entries, r kinds, t tombstone entries
 --      (KEYS 8 .. 7+r are the payloads, KEYS 8+r .. 7+r+g the records of their groups, which all but

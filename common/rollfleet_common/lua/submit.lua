@@ -1,7 +1,7 @@
 -- Put whole groups on the prompts stream: all samples of a group or none, each submission id once.
 -- Fed prompts (position >= 0) come in order, so the fence's cursor knows all of them; others are
 -- known by the marks, of which the youngest 100,000 are kept.
--- KEYS 1 fence  2 ledger  3 marks  4 routes, then per group: prompts stream, group record
+-- KEYS 1 fence  2 ledger  3 marks  4 routes; per group: prompts, group
 -- ARGV 1 token  2 limit on outstanding training samples (-1: none), then per group:
 --      submission id, position, group, n, kind, route, body, deadline_ms
 -- Returns {state of each group: 1 submitted, 0 known already, -1 full; ..., outstanding}, or {-2}

@@ -1,6 +1,6 @@
 #!lua flags=no-writes,allow-oom
 -- Whether entries are on a stream, or fields in a hash, without sending what they hold.
--- KEYS 1 stream or hash   ARGV 1 'stream' or 'hash'  2.. entries or fields
+-- KEYS 1 key   ARGV 1 'stream' or 'hash'  2.. entries or fields
 -- Returns 1 or 0 for each; an entry that is no id is not there.
 local out = {}
 for i = 2, #ARGV do

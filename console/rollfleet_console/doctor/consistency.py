@@ -18,14 +18,13 @@ from rollfleet_common.codec import decode_header
 from rollfleet_common.errors import WireError
 from rollfleet_common.keys import LAST_ID, PartitionKeys, RunKeys, route_names
 from rollfleet_common.ledger import read_books
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import reads
 from rollfleet_common.text import decoded, whole
 from rollfleet_console.doctor.diagnoses import DIAGNOSES
 from rollfleet_console.doctor.findings import Finding, Severity, some
 
 __all__ = ["Suspicions", "confirmed", "judge", "read"]
 
-_THERE = load("there")
 
 #: Entries, commands or members of one page.
 PAGE = 200
@@ -35,8 +34,6 @@ ENTRIES = 10_000
 SAMPLE = 2_000
 #: Members of groups whose place is looked up. A prompt may hold a megabyte, which Redis copies.
 MEMBERS = 4_000
-#: Of these, how many in one call: Redis does nothing else meanwhile.
-AT_ONCE = 50
 #: Pages of SCAN, and how many keys one looks at.
 PAGES, KEYS_AT_ONCE = 50, 1_000
 #: Plans of batches that are looked at.
@@ -248,7 +245,7 @@ async def _groups(
         things = list(named)
         if state == "d":
             due = await _scores(client, k.delayed(route), things)
-            kept = await _there(client, k.parked(route), things, "hash")
+            kept = await reads.there(client, key=k.parked(route), kind="hash", things=things)
             gone = [x for x, a, b in zip(things, due, kept, strict=True) if a is None or not b]
         else:
             stream = k.prompts(route) if state == "p" else k.rollouts
@@ -304,7 +301,7 @@ async def _delayed(client: Any, k: PartitionKeys, route: str, s: Suspicions) -> 
     """Due times against what was parked."""
     due, parked = k.delayed(route), k.parked(route)
     members = await _some(name async for name, _ in client.zscan_iter(due, count=PAGE))
-    kept = await _there(client, parked, members, "hash")
+    kept = await reads.there(client, key=parked, kind="hash", things=members)
     for member, there in zip(members, kept, strict=True):
         if not there:
             s.add("due alone", f"{due} {member}")
@@ -374,16 +371,9 @@ async def _scores(client: Any, key: str, members: Sequence[str]) -> list[float |
     return found
 
 
-async def _there(client: Any, key: str, things: Sequence[str], kind: str) -> list[int]:
-    found: list[int] = []
-    for at in range(0, len(things), AT_ONCE):
-        found += await _THERE(client, [key], [kind, *things[at : at + AT_ONCE]])
-    return found
-
-
 async def _missing(client: Any, stream: str, entries: Sequence[str]) -> list[str]:
     """Which of `entries` are not on a stream."""
-    there = await _there(client, stream, entries, "stream")
+    there = await reads.there(client, key=stream, kind="stream", things=entries)
     return [entry for entry, is_there in zip(entries, there, strict=True) if not is_there]
 
 

@@ -12,14 +12,13 @@ from redis.exceptions import ResponseError
 
 from rollfleet_common.board import Board
 from rollfleet_common.keys import LAST_ID, PartitionKeys, RunKeys, check_name, route_names
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts.operator import rebuild_stream
 from rollfleet_common.text import decoded
 from rollfleet_console.doctor.findings import Finding, Severity
 from rollfleet_console.status.explain import ago
 
 __all__ = ["mend", "run_away"]
 
-_MEND = load("rebuild_stream")
 #: How far ids may be ahead of the clock of Redis, which may be set back.
 AHEAD_S = 86_400.0
 
@@ -81,7 +80,7 @@ async def mend(client: Any, run: str) -> list[tuple[str, int]]:
     partitions = [keys.partition(p) for p in range(found[1].partitions if found else 1)]
     mended: list[tuple[str, int]] = []
     for name in await _names(client, keys, partitions):
-        kept = int(await _MEND(client, [name, f"{name}:mending"], [LAST_ID]))
-        if kept >= 0:
+        kept = await rebuild_stream(client, stream=name)
+        if kept is not None:
             mended.append((name, kept))
     return mended

@@ -13,7 +13,7 @@ from rollfleet_common.board import Board
 from rollfleet_common.keys import PartitionKeys, RunKeys, check_name, route_names
 from rollfleet_common.ledger import read_books
 from rollfleet_common.schemas import Schemas
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts import reads
 from rollfleet_common.servers import Servers
 from rollfleet_common.text import cleaned, decoded, json_int, parse_json
 from rollfleet_console.status.explain import explain
@@ -21,8 +21,6 @@ from rollfleet_console.status.servers import gather
 from rollfleet_console.status.views import LOST_AFTER_S, Route, Snapshot, WorkerCard, WorkerServer
 
 __all__ = ["Snapshot", "take"]
-
-_ROUTE = load("route")
 
 
 async def take(client: Any, run: str) -> Snapshot:
@@ -157,20 +155,19 @@ async def _read_route(
     client: Any, k: PartitionKeys, route: str, tally: _Tally, leases: dict[str, int], now_ms: int
 ) -> None:
     """Add one route of one partition to `tally`, and its leases to `leases`."""
-    keys = [k.prompts(route), k.delayed(route)]
-    length, pending, held, unread, delayed, due, holders = await _ROUTE(client, keys, [])
-    for name, leased in zip(holders[::2], holders[1::2], strict=True):
-        leases[decoded(name)] += int(leased)
-    if held:
-        tally.oldest_pending_s = _older(tally.oldest_pending_s, held, now_ms)
-    if unread:
-        tally.oldest_waiting_s = _older(tally.oldest_waiting_s, unread, now_ms)
-    if due:
-        wait_s = max(0.0, (float(due) - now_ms) / 1000)
+    view = await reads.route(client, k, route=route)
+    for name, leased in view.holders.items():
+        leases[decoded(name)] += leased
+    if view.oldest_pending:
+        tally.oldest_pending_s = _older(tally.oldest_pending_s, view.oldest_pending, now_ms)
+    if view.oldest_unread:
+        tally.oldest_waiting_s = _older(tally.oldest_waiting_s, view.oldest_unread, now_ms)
+    if view.due_ms is not None:
+        wait_s = max(0.0, (view.due_ms - now_ms) / 1000)
         tally.next_due_s = min(wait_s, wait_s if tally.next_due_s is None else tally.next_due_s)
-    tally.waiting += int(length) - int(pending)
-    tally.in_flight += int(pending)
-    tally.delayed += int(delayed)
+    tally.waiting += view.length - view.pending
+    tally.in_flight += view.pending
+    tally.delayed += view.delayed
 
 
 def _older(age_s: float | None, entry: bytes, now_ms: int) -> float:

@@ -459,11 +459,11 @@ class RolloutReader:
         """Whether a group is in a batch, or closed and perhaps being settled."""
         return name in self.handed or name in self.over
 
-    def holds(self, name: str) -> list[str | int]:
-        """Index and entry of every member of a group that is here, one after the other."""
+    def holds(self, name: str) -> dict[int, str]:
+        """Entry of every member of a group that is here, by index."""
         group = self.ready.get(name) or self.evals.get(name) or self.groups.open.get(name)
         members = {} if group is None else group.members
-        return [part for index, member in members.items() for part in (index, member.entry)]
+        return {index: member.entry for index, member in members.items()}
 
     def take_back(self, name: str, indices: Iterable[int]) -> None:
         """These members of a group were submitted again or closed, because their header is gone."""

@@ -14,19 +14,16 @@ from redis.exceptions import ResponseError
 from rollfleet.consume.reader import RolloutReader
 from rollfleet.line import Line
 from rollfleet_common.codec import encode_prompt
-from rollfleet_common.errors import SupersededError
 from rollfleet_common.keys import partition_of
 from rollfleet_common.leases import quarantine
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Prompt
-from rollfleet_common.scripts import load
+from rollfleet_common.scripts.trainer import mend
 from rollfleet_common.streams import Garbage, Streams
 
 __all__ = ["Reconciler"]
 
 log = get_logger("rollfleet.trainer")
-
-_MEND = load("mend")
 
 
 class Reconciler:
@@ -124,14 +121,23 @@ class Reconciler:
             if raw is None:
                 return 0, 0
             route, body, task, position = raw.decode("utf-8", "replace"), b"", "?", -1
-        keys = [k.fence, k.ledger, k.tombstones, k.group(name), k.prompts(route)]
-        keys += [k.delayed(route), k.parked(route), k.rollouts]
-        args = [self.token, name, body, task, position, *self.consumer.holds(name)]
+        holds = self.consumer.holds(name)
         life = self.consumer.life
         # Repeated after a lost reply, it finds nothing amiss: members it took back come again then.
-        states = await self.line(lambda: _MEND(here.client, keys, args), f"mend group {name}")
-        if states == [-2]:
-            raise SupersededError.of(k.run)
+        states = await self.line(
+            lambda: mend(
+                here.client,
+                k,
+                token=self.token,
+                group=name,
+                route=route,
+                body=body,
+                task=task,
+                position=position,
+                holds=holds,
+            ),
+            f"mend group {name}",
+        )
         again = [i for i, state in enumerate(states) if state in (1, 3)]
         gone = [i for i, state in enumerate(states) if state in (3, 4)]
         if life == self.consumer.life and gone:
