@@ -8,7 +8,7 @@ from typing import Any
 
 import fakeredis
 import pytest
-from fixtures.declared_keys import checked
+from fixtures.declared_keys import Watched, checked
 from fixtures.rig import INFRA, SHAPE, TOKEN, Rig, delivery_of, prompt_of
 from redis.exceptions import NoPermissionError, ResponseError
 from support import wait_until_async
@@ -147,44 +147,6 @@ def pattern_of(name: str) -> str:
 def _word(word: str) -> str:
     """Some scripts take any stream or hash."""
     return r"\w+" if word in ("stream", "key", "copy") else word
-
-
-class Watched:
-    """A client that remembers the keys of every script call, and counts its words."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        #: (digest, keys) of every call.
-        self.seen: list[tuple[str, list[str]]] = []
-        self.most = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def _note(self, digest: str, number: int, *args: Any) -> None:
-        keys = [a.decode() if isinstance(a, bytes) else a for a in args[:number]]
-        self.seen.append((digest, keys))
-        self.most = max(self.most, 3 + len(args))
-
-    async def evalsha(self, *args: Any) -> Any:
-        self._note(*args)
-        return await self._client.evalsha(*args)
-
-    async def mget(self, names: list[str]) -> Any:
-        self.most = max(self.most, 1 + len(names))
-        return await self._client.mget(names)
-
-    def pipeline(self, **options: Any) -> Any:
-        pipe = self._client.pipeline(**options)
-        plain = pipe.execute_command
-
-        def execute_command(*args: Any, **more: Any) -> Any:
-            if args[0] == "EVALSHA":
-                self._note(*args[1:])
-            return plain(*args, **more)
-
-        pipe.execute_command = execute_command
-        return pipe
 
 
 async def live(client: Any, name: str = "life") -> None:
