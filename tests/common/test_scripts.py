@@ -8,8 +8,12 @@ from typing import Any
 
 import fakeredis
 import pytest
+import redis
 from fixtures.declared_keys import Watched, checked
 from fixtures.rig import INFRA, SHAPE, TOKEN, Rig, delivery_of, prompt_of
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, ResponseError
 from support import wait_until_async
 
@@ -304,6 +308,46 @@ async def test_a_cluster_takes_every_step(make_server: Callable[..., EmbeddedSer
         await client.eval("return 1", 2, "{a}x", "{b}x")
     await live(client)
     await client.aclose()
+
+
+@pytest.mark.skipif(
+    tuple(map(int, redis.__version__.split(".")[:2])) < (8, 1),
+    reason="earlier cluster clients lose pipelines when retries are off",
+)
+async def test_three_masters_take_every_step_from_a_cluster_client(
+    make_server: Callable[..., EmbeddedServer],
+):
+    """Runs whose board and partition lie on different nodes, through redis-py's cluster client."""
+    nodes: list[tuple[str, int, int]] = []
+    clients: list[Any] = []
+    for first in (0, 5_500, 11_000):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            bus = probe.getsockname()[1]
+        extra = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+        url = make_server(tcp=True, extra=extra).url
+        client: Any = connect(url, role="test")
+        last = 16_383 if first == 11_000 else first + 5_499
+        await client.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
+        await client.execute_command("CLUSTER SET-CONFIG-EPOCH", len(nodes) + 1)
+        nodes.append((url, int(url.rpartition(":")[2].partition("/")[0]), bus))
+        clients.append(client)
+    for _, port, bus in nodes[1:]:
+        await clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port, bus)
+
+    async def whole() -> bool:
+        said = [str(await client.execute_command("CLUSTER INFO")) for client in clients]
+        return all("'cluster_state': 'ok'" in s and "_nodes': '3'" in s for s in said)
+
+    await wait_until_async(whole, "the nodes to know each other")
+    cluster: Any = RedisCluster(host="127.0.0.1", port=nodes[0][1], retry=Retry(NoBackoff(), 0))
+    for name, spread in (("life", 1), ("a", 2), ("b", 2)):
+        keys = RunKeys(name)
+        homes = {cluster.keyslot(key) // 5_500 for key in (keys.board, keys.partition(0).fence)}
+        assert len(homes) == spread
+        await live(cluster, name)
+    for client in (cluster, *clients):
+        await client.aclose()
 
 
 async def test_a_user_of_one_run_cannot_reach_another(make_server: Callable[..., EmbeddedServer]):
