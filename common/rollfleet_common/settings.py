@@ -331,7 +331,7 @@ def _default(field: FieldInfo) -> str:
         return f"{default:g}s"
     if units_of(field) is SIZE_BYTES and default % 2**20 == 0:
         return f"{int(default) // 2**20}MiB"
-    return f"{default:g}"
+    return str(default) if isinstance(default, int) else f"{default:g}"
 
 
 def _metavar(field: FieldInfo) -> str:

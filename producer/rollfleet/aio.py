@@ -27,7 +27,15 @@ from rollfleet.policy.checked import CheckedPolicy, policy_named
 from rollfleet.policy.metrics import BiasMeter
 from rollfleet.policy.policies import Policy
 from rollfleet.run.lease import TrainerLease
-from rollfleet.run.open_run import REACH_S, State, check, check_lost, read_state, wipe
+from rollfleet.run.open_run import (
+    REACH_S,
+    State,
+    check,
+    check_lost,
+    check_state,
+    read_state,
+    wipe,
+)
 from rollfleet.run.releases import refuse_leftovers, strangers
 from rollfleet.settings import TrainerSettings
 from rollfleet.state.capacity import Pacer
@@ -52,6 +60,20 @@ __all__ = ["AsyncFleet"]
 
 log = get_logger("rollfleet.trainer")
 
+#: What `collate` may say: options of :func:`rollfleet.collate`, and where tensors are to be.
+COLLATE_OPTIONS = frozenset(
+    [
+        "device",
+        "form",
+        "ids_dtype",
+        "max_bytes",
+        "missing",
+        "pad_id",
+        "pad_multiple",
+        "pad_side",
+        "pin",
+    ]
+)
 #: How often deadlines are looked at.
 DEADLINE_S = 1.0
 #: How often the cards of the workers are looked at.
@@ -105,10 +127,8 @@ class AsyncFleet:
                 "False: an async one would never be awaited. Judge slowly in the workflow instead"
             )
         self._accept = should_accept
-        if isinstance(state, Mapping) and state and state.get("run") != settings.run:
-            raise SettingsError(
-                f"the state is of run {state.get('run')!r}, not of {settings.run!r}"
-            )
+        if isinstance(state, Mapping):
+            check_state(state, settings.run)
         self._given = state
         self._state: dict[str, Any] = {}
         self._at = version
@@ -116,6 +136,11 @@ class AsyncFleet:
         #: model; an upper bound, 0 unless ``lost_batches="accept"``.
         self.lost_batches = 0
         self._collate = dict(collate or {})
+        if unknown := self._collate.keys() - COLLATE_OPTIONS:
+            raise SettingsError(
+                f"collate has {', '.join(sorted(unknown))}; its options are "
+                f"{', '.join(sorted(COLLATE_OPTIONS))}"
+            )
         #: Decodes and collates, so that the loop goes on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollfleet-load")
         self._background = BackgroundTasks(self._wake)

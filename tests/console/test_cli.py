@@ -124,12 +124,12 @@ def test_worker_help_tells_every_setting() -> None:
         (
             ["dead", "list", "--redis-url", "embedded://"],
             {},
-            "would be a fresh, empty server of th",
+            "names no directory that is there",
         ),
         (
             ["status", "--redis-url", "embedded:///no/such/dir"],
             {},
-            "would be a fresh, empty server",
+            "names no directory that is there",
         ),
         (
             ["status", "--redis-url", "redis://:sesame@[bad"],

@@ -16,6 +16,7 @@ import typer.main
 
 import rollfleet
 from rollfleet.settings import TrainerSettings
+from rollfleet_console import settings_page
 from rollfleet_console.cli import app
 from rollfleet_worker.settings import WorkerSettings
 
@@ -205,3 +206,7 @@ def test_a_module_takes_the_flags_that_are_shown(line: str) -> None:
     ).stdout
     taken = set(re.findall(r"--[a-z][\w-]*", shown))
     assert {word for word in words if word.startswith("--")} <= taken
+
+
+def test_the_page_of_settings_is_current() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page.page()

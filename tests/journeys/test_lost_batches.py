@@ -196,3 +196,30 @@ def test_a_kill_between_commit_and_save_is_told_apart_from_a_crash(
         settings={"lost_batches": "accept"},
     )
     assert accepted.wait() == 0
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, lambda: {"a": 1}])
+async def test_what_is_no_state_is_refused_in_words(redis_url: str, given: Any) -> None:
+    settings = rollfleet.TrainerSettings(redis_url=redis_url, run=RUN, samples_per_version=8)
+    with pytest.raises(rollfleet.SettingsError, match=r"not what state_dict\(\) returned.*'a'"):
+        async with rollfleet.AsyncFleet(settings, state=given):
+            pass
+
+
+async def test_a_trainer_without_a_state_is_told_what_it_goes_on_from(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with by_hand(redis_url, RUN) as hand:
+        await train(hand, 2)
+        await hand.fleet.close()
+        async with rollfleet.AsyncFleet(hand.fleet.settings):
+            pass
+    assert "no state was given" in caplog.text
+
+
+async def test_options_of_collate_are_refused_at_once(redis_url: str) -> None:
+    settings = rollfleet.TrainerSettings(redis_url=redis_url, run=RUN, samples_per_version=8)
+    with pytest.raises(
+        rollfleet.SettingsError, match=r"collate has devcie; its options are device"
+    ):
+        rollfleet.AsyncFleet(settings, collate={"devcie": "cuda"})

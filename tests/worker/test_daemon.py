@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support import wait_until, wait_until_async
 
 import rollfleet
 from rollfleet_common.redis import connect_sync
+from rollfleet_worker.workflows.base import load_workflow
 
 SHAPE: dict[str, Any] = {
     "samples_per_version": 32,
@@ -502,3 +504,16 @@ def test_a_starved_trainer_is_told_why(redis_url: str) -> None:
     fleet.close()
     with pytest.raises(rollfleet.RollfleetError, match="the fleet is closed"):
         fleet.books()
+
+
+def test_a_workflow_beside_the_operator_is_found(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_alone.py").write_text(
+        "class Even:\n    async def run(self, prompt, context):\n        raise ValueError\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert type(load_workflow("mine_alone:Even")).__name__ == "Even"
+    with pytest.raises(rollfleet.SettingsError, match=r"is not there: .*has no attribute 'Evn'"):
+        load_workflow("mine_alone:Evn")

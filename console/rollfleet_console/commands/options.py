@@ -64,8 +64,8 @@ def ask(settings: "Settings", call: Callable[[Any, str], Awaitable[T]]) -> T:
         and not (where.strip("/") and Path(unquote(where)).is_dir())
     ):
         raise SettingsError(
-            f"{settings.redis_url!r} would be a fresh, empty server of this command alone: give "
-            "the directory of the run's own, embedded:///path/to/dir, or its URL"
+            f"{settings.redis_url!r} names no directory that is there: no trainer has started its "
+            "server yet, or the path is another (embedded:///path/to/dir); this command starts none"
         )
     url, server = resolve(settings.redis_url)
 

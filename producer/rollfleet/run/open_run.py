@@ -13,7 +13,17 @@ from rollfleet_common.logs import get_logger
 from rollfleet_common.redis import check_server, retry, safe_url
 from rollfleet_common.tasks import call
 
-__all__ = ["REACH_S", "State", "check", "check_lost", "claim", "read_state", "shape", "wipe"]
+__all__ = [
+    "REACH_S",
+    "State",
+    "check",
+    "check_lost",
+    "check_state",
+    "claim",
+    "read_state",
+    "shape",
+    "wipe",
+]
 
 log = get_logger("rollfleet.trainer")
 
@@ -97,6 +107,20 @@ async def claim(board: Board, token: str, s: TrainerSettings) -> int:
         await asyncio.sleep(min(claimed.left_ms / 1000 + 0.05, 1.0))
 
 
+def check_state(state: Mapping[str, Any], run: str) -> None:
+    """Refuse what is no state of this run.
+
+    Raises:
+        SettingsError: It is of another run, or nothing that state_dict() returned.
+    """
+    if state and "run" not in state:
+        raise SettingsError(
+            f"state is not what state_dict() returned: it has no `run`, but {', '.join(map(repr, state))[:200]}"
+        )
+    if state and state.get("run") != run:
+        raise SettingsError(f"the state is of run {state.get('run')!r}, not of {run!r}")
+
+
 async def read_state(state: State, run: str) -> dict[str, Any]:
     """The checkpoint's part of the fleet; a function is called in a thread of its own.
 
@@ -112,8 +136,7 @@ async def read_state(state: State, run: str) -> dict[str, Any]:
             "returns that, or None"
         )
     read = dict(found)
-    if read and read.get("run") != run:
-        raise SettingsError(f"the state is of run {read.get('run')!r}, not of {run!r}")
+    check_state(read, run)
     return read
 
 
@@ -124,7 +147,14 @@ def check_lost(state: Mapping[str, Any], last_committed: int, s: TrainerSettings
         LostBatchesError: There are some, and `lost_batches` is "refuse".
     """
     if "batch" not in state:
-        return 0  # a trainer without a checkpoint takes the run wherever it is
+        if last_committed and not s.fresh:  # it takes the run wherever it is
+            log.warning(
+                "the run goes on, and no state was given: its committed batches are in no model that "
+                "starts anew",
+                committed=last_committed,
+                remedy="pass state=, or fresh=True to begin the run anew",
+            )
+        return 0
     saved = int(state["batch"])
     known = max([saved, *map(int, state.get("beyond", ()))])
     if last_committed <= known:

@@ -6,9 +6,11 @@
 """
 
 import importlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -169,14 +171,19 @@ def load_workflow(path: str) -> Workflow:
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise SettingsError(f"workflow {path!r}: write package.module:Class")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m` would; behind what is installed
     try:
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as exc:
+    except ImportError as exc:
         raise SettingsError(
-            f"workflow {path!r} does not import: {exc}; it must be importable where the worker runs"
+            f"workflow {path!r} does not import: {exc}; it must be installed where the worker runs, or "
+            "be on PYTHONPATH or in the working directory"
         ) from exc
+    except AttributeError as exc:
+        raise SettingsError(f"workflow {path!r} is not there: {exc}") from exc
     except Exception as exc:
         raise SettingsError(
             f"workflow {path!r}: importing it raised {type(exc).__name__}: {exc}"
