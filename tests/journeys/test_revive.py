@@ -111,7 +111,7 @@ async def test_a_header_of_another_release_is_counted_and_its_group_closes(
         with monkeypatch.context() as release_99:
             # The reader of this release cannot tell what release 99 wrote.
             release_99.setattr(
-                "rollfleet_common.streams.encode_header", lambda _: msgpack.packb([99, "?"])
+                "rollfleet_common.scripts.worker.encode_header", lambda _: msgpack.packb([99, "?"])
             )
             assert await streams.deliver("w", deliveries[:1]) == [Delivered.YES]
         assert await streams.deliver("w", deliveries[1:]) == [Delivered.YES]
