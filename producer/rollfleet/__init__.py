@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
-from rollfleet.fleet import Fleet, connect
+from rollfleet.connecting import connect
+from rollfleet.fleet import Fleet
+from rollfleet.options import TrainerOptions
 from rollfleet.policy.metrics import BiasMeter, effective_sample_size
 from rollfleet.policy.orders import FreshestFirst, OldestFirst, Windowed
 from rollfleet.policy.policies import (
@@ -129,6 +131,7 @@ __all__ = [
     "StepTotals",
     "SupersededError",
     "TensorBatch",
+    "TrainerOptions",
     "TrainerSettings",
     "Wait",
     "Windowed",

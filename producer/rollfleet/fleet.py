@@ -6,86 +6,25 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rollfleet.aio import AsyncFleet
 from rollfleet.batch import Batch
 from rollfleet.consume.evaluation import Evaluation
-from rollfleet.consume.payloads import Accept
-from rollfleet.policy.policies import Policy
-from rollfleet.run.open_run import State
-from rollfleet.settings import TrainerSettings
 from rollfleet.submit.resumable import Epochs
-from rollfleet_common.embedded import resolve
 from rollfleet_common.errors import RollfleetError, StarvedError
 from rollfleet_common.forks import Home
 from rollfleet_common.ledger import Books
 
-__all__ = ["Fleet", "connect"]
+__all__ = ["Fleet"]
 
 T = TypeVar("T")
 
 
-def connect(
-    redis_url: str | None = None,
-    *,
-    policy: Policy | str | None = None,
-    should_accept: Accept | None = None,
-    state: State = None,
-    version: int | None = None,
-    collate: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> "Fleet":
-    """Open a run and hold it until :meth:`Fleet.close`.
-
-    Args:
-        redis_url: ``redis://``, ``rediss://``, ``unix://`` or ``embedded://`` (a server of our own).
-        policy: What may be trained on: a policy, or the name of one (``drop``, the default,
-            ``mask``, ``wait``, ``standard``, ``segment``, ``segment-recomputed``).
-        should_accept: Told the rollouts of a group; False drops it and another takes its place.
-        state: What :meth:`Fleet.state_dict` returned, to resume from a checkpoint; or a function
-            that returns it, called once this trainer holds the run (see :class:`AsyncFleet`).
-        version: The policy's version now; by default wherever the run is.
-        collate: Options of :func:`rollfleet.collate` for ``batch.tensors``.
-        settings: Fields of :class:`TrainerSettings`; also read from ``ROLLFLEET_*`` and TOML.
-
-    Raises:
-        SettingsError: A setting is unknown or must deadlock, or another trainer holds the run.
-        LostBatchesError: Batches were committed after `state` was saved; ``lost_batches="accept"``
-            opens the run all the same.
-        BrokerUnavailableError: Redis cannot be reached.
-        BrokerSetupError: Redis refuses us, or is set up so that it may lose data (`strict`).
-    """
-    if redis_url is not None:
-        settings["redis_url"] = redis_url
-    if isinstance(policy, str):
-        settings["policy"], policy = policy, None
-    loaded = TrainerSettings.load(**settings)
-    url, server = resolve(loaded.redis_url)
-    loaded = loaded.model_copy(update={"redis_url": url})
-
-    def make() -> AsyncFleet:
-        return AsyncFleet(
-            loaded,
-            policy=policy,
-            should_accept=should_accept,
-            state=state,
-            version=version,
-            collate=collate,
-        )
-
-    try:
-        return Fleet(make, server)
-    except BaseException:
-        if server is not None:
-            server.stop()
-        raise
-
-
 class Fleet:
-    """A run, held by this trainer. Made by :func:`connect`; a context manager."""
+    """A run, held by this trainer. Made by :func:`rollfleet.connect`; a context manager."""
 
     def __init__(self, make: Callable[[], AsyncFleet], server: Any = None) -> None:
         self._server = server
@@ -160,9 +99,30 @@ class Fleet:
         """Free a batch, or all trained ones; see :meth:`AsyncFleet.commit`."""
         self._call(self.aio.commit(batch))
 
-    def publish(self, version: int | None = None, weights: str = "", **options: Any) -> int:
-        """Announce a new version of the policy; see :meth:`AsyncFleet.publish`."""
-        return self._call(self.aio.publish(version, weights, **options))
+    def publish(
+        self,
+        version: int | None = None,
+        weights: str = "",
+        *,
+        transfer: Callable[[int, str], object] | None = None,
+        load: Callable[[int, Sequence[str]], object] | None = None,
+    ) -> int:
+        """Announce a new version of the policy; returns it. See :meth:`AsyncFleet.publish`.
+
+        Args:
+            version: Its number. Default: one more than the last.
+            weights: Path or other reference under which the servers can read the weights.
+            transfer: Called as ``transfer(version, weights)`` to move the weights yourself; no server
+                is touched.
+            load: Called as ``load(version, urls)`` while the servers at `urls` are paused, for a
+                broadcast.
+
+        Raises:
+            RefitError: Fewer servers took the weights than `refit_quorum` asks for.
+            SettingsError: The version is below the last.
+            SupersededError: Another trainer has opened the run.
+        """
+        return self._call(self.aio.publish(version, weights, transfer=transfer, load=load))
 
     @property
     def in_use(self) -> frozenset[int]:

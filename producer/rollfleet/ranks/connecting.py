@@ -5,10 +5,13 @@ Nobody goes on alone: what fails on one rank while it opens is raised on all of 
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
+from rollfleet.connecting import connect, load_settings
 from rollfleet.consume.payloads import Accept
-from rollfleet.fleet import Fleet, connect
+from rollfleet.fleet import Fleet
+from rollfleet.options import TrainerOptions, with_options
 from rollfleet.policy.checked import CheckedPolicy, policy_named
 from rollfleet.policy.policies import Policy
 from rollfleet.policy.version_history import VersionHistory
@@ -28,6 +31,7 @@ from rollfleet_common.keys import RunKeys
 __all__ = ["connect_ranks"]
 
 
+@with_options
 def connect_ranks(
     redis_url: str | None = None,
     *,
@@ -43,7 +47,8 @@ def connect_ranks(
     state: State = None,
     version: int | None = None,
     collate: Mapping[str, Any] | None = None,
-    **settings: Any,
+    config: Path | str | None = None,
+    **settings: Unpack[TrainerOptions],
 ) -> RankFleet:
     """Open a run on every rank of a trainer, all with the same arguments.
 
@@ -71,18 +76,16 @@ def connect_ranks(
             only there a function is called. The number of ranks may have changed.
         version: The policy's version now; by default wherever the run is. Rank 0's counts.
         collate: Options of :func:`rollfleet.collate` for ``batch.tensors``; and `device`.
-        settings: Fields of :class:`TrainerSettings`.
+        config: TOML file with further settings, as of :func:`rollfleet.connect`.
+        settings: Options of the run, as of :func:`rollfleet.connect`; :class:`TrainerOptions`
+            documents each.
 
     Raises:
         SettingsError: A setting is unknown, must deadlock, or leaves a rank without rollouts.
         CollectiveError: The ranks did not meet.
         BrokerUnavailableError, BrokerSetupError: As of :func:`rollfleet.connect`.
     """
-    if redis_url is not None:
-        settings["redis_url"] = redis_url
-    named: dict[str, Any] = {"policy": policy} if isinstance(policy, str) else {}
-    own = None if isinstance(policy, str) else policy
-    loaded = TrainerSettings.load(**settings, **named)
+    loaded, own = load_settings(redis_url, policy, config, settings)
     if isinstance(collective, str):
         collective = collective_named(collective, loaded.redis_url, loaded.run, timeout_s)
     leader: Fleet | None = None
@@ -91,11 +94,13 @@ def connect_ranks(
         check_division(loaded, collective.size, whole_groups, should_accept, own)
         if collective.rank == 0:
             leader = connect(
+                redis_url,
                 policy=policy,
                 should_accept=should_accept,
                 state=state,
                 version=version,
                 collate=collate,
+                config=config,
                 **settings,
             )
         hello = _hello(leader)

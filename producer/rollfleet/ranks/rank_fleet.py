@@ -8,7 +8,7 @@
 """
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -227,14 +227,21 @@ class RankFleet:
         whole = None if batch is None else batch.whole
         self._on_leader(lambda fleet: fleet.commit(whole))
 
-    def publish(self, version: int | None = None, weights: str = "", **options: Any) -> int:
+    def publish(
+        self,
+        version: int | None = None,
+        weights: str = "",
+        *,
+        transfer: Callable[[int, str], object] | None = None,
+        load: Callable[[int, Sequence[str]], object] | None = None,
+    ) -> int:
         """Announce a new version of the policy; see :meth:`rollfleet.AsyncFleet.publish`.
 
-        Rank 0 has the servers refitted. `weights` must be complete by then: where every rank writes
-        a part, wait for all of them first.
+        Rank 0 has the servers refitted, and only there `transfer` and `load` are called. `weights`
+        must be complete by then: where every rank writes a part, wait for all of them first.
         """
         self.version = self.version + 1 if version is None else version
-        self._on_leader(lambda fleet: fleet.publish(version, weights, **options))
+        self._on_leader(lambda fleet: fleet.publish(version, weights, transfer=transfer, load=load))
         return self.version
 
     def pause(self, seconds: float) -> None:
