@@ -333,3 +333,43 @@ async def test_old_dead_letters_go(redis_url: str) -> None:
         await Leases(hand.client, hand.streams.keys, "w").fail(claim, INFRA, None)
         assert await hand.client.xlen(dead) < 110
         assert (await hand.balanced()).counters["letters:cut"] >= 90
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0], ids=["ahead", "behind"])
+async def test_causes_are_told_by_the_clock_of_redis(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    true_time = time.time
+    monkeypatch.setattr(time, "time", lambda: true_time() + ahead_s)
+    async with trainer(redis_url, "clock") as fleet, connect(redis_url, role="test") as client:
+        seconds, _ = await client.time()
+        card = {"state": "serving", "seen_ms": seconds * 1000, "slots": 1, "routes": ["default"]}
+        await client.hset(fleet.keys.workers, "w", json.dumps(card))
+        await fleet.pause(600)
+        stuck(fleet)
+        await wait_until_async(lambda: bool(fleet.submitter.sent), "prompts are submitted", 10)
+        found = await fleet._evidence()
+        assert found.workers is not None
+        assert not any(worker.lost for worker in found.workers)
+        assert 590 < found.paused_s <= 600
+
+
+async def test_text_that_nests_too_deeply_stops_no_trainer(redis_url: str) -> None:
+    deep = b"[" * 100_000
+    async with by_hand(redis_url, "deep", lease_s=1.0, samples_per_version=4) as hand:
+        await hand.client.hset(hand.fleet.keys.workers, "w", deep)
+        stone = {
+            "g": "x",
+            "i": "0",
+            "n": "1",
+            "k": "train",
+            "t": "",
+            "r": "dead",
+            "e": deep,
+            "p": "-1",
+        }
+        await hand.client.xadd(hand.streams.keys.tombstones, stone)  # type: ignore[arg-type]
+        await asyncio.sleep(1.5)  # several looks
+        await hand.groups(1)
+        assert await hand.fleet.next_batch() is not None
+        assert "worker" in await hand.fleet.reason()

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from rollfleet.run.watch import newest_failure
 from rollfleet.state.causes import future
-from rollfleet_common.keys import PartitionKeys
+from rollfleet_common.keys import LAST_ID, PartitionKeys
 from rollfleet_common.text import decoded, printable
 from rollfleet_console.doctor.findings import Finding, Severity, some
 from rollfleet_console.doctor.redis_server import CLOCK_SLACK_S
@@ -118,7 +118,9 @@ async def backlog(
                 fix = "Redis was flushed or restarted empty: end the trainer and open the run anew"
                 found.append(Finding(Severity.ERROR, "intake", lost, stream, fix))
                 continue
-            unread = await client.xrange(stream, f"({decoded(group['last-delivered-id'])}", count=1)
+            last = decoded(group["last-delivered-id"])
+            # Nothing comes after the highest id there is, and Redis refuses to look.
+            unread = [] if last == LAST_ID else await client.xrange(stream, f"({last}", count=1)
             age_s = now_s - int(decoded(unread[0][0]).partition("-")[0]) / 1000 if unread else 0.0
             if s.trainer and age_s > TAKEN_IN_S:
                 late = f"{what} wait to be read, the oldest for {ago(age_s)}, while a trainer "

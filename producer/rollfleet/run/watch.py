@@ -5,7 +5,6 @@
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from rollfleet_common.ledger import Books
 from rollfleet_common.logs import get_logger
 from rollfleet_common.messages import Kind, Tombstone
 from rollfleet_common.streams import Streams
+from rollfleet_common.text import parse_json
 
 __all__ = ["Watch", "newest_failure", "read_workers", "served_by_all"]
 
@@ -78,6 +78,11 @@ class Watch:
         """Seconds since the books stopped to balance; 0.0 if they do."""
         return 0.0 if self._unbalanced_at is None else time.monotonic() - self._unbalanced_at
 
+    @property
+    def _now_s(self) -> float:
+        """Of Redis's clock: what workers and entries tell was told by it."""
+        return self.line.clock.now_ms() / 1000
+
     async def run(self) -> None:
         """Look until cancelled.
 
@@ -126,7 +131,7 @@ class Watch:
         Raises:
             FailingError: Everything that they make is dropped, for ever.
         """
-        served = served_by_all(await read_workers(self.client, self.keys))
+        served = served_by_all(await read_workers(self.client, self.keys, self._now_s))
         now, version = time.monotonic(), self.version()
         if served is None or served <= version or self.moving():
             self.future = None
@@ -164,7 +169,7 @@ class Watch:
         return found
 
     async def _workers(self, found: Evidence) -> None:
-        found.workers = await read_workers(self.client, self.keys)
+        found.workers = await read_workers(self.client, self.keys, self._now_s)
         if found.future is None:
             served = served_by_all(found.workers)
             later = served is not None and served > found.version and not self.moving()
@@ -177,7 +182,7 @@ class Watch:
 
     async def _pause(self, found: Evidence) -> None:
         until = (await self.client.hmget(self.keys.board, ["paused_until_ms"]))[0]
-        found.paused_s = max(0.0, int(until or 0) / 1000 - time.time())
+        found.paused_s = max(0.0, int(until or 0) / 1000 - self._now_s)
 
     async def _routes(self, found: Evidence) -> None:
         """Which routes wait, and since when the oldest sample is in flight."""
@@ -192,7 +197,7 @@ class Watch:
                     raise
                 if pending["pending"]:
                     sent_s = int(pending["min"].partition(b"-")[0]) / 1000
-                    found.oldest_flight_s = max(found.oldest_flight_s, time.time() - sent_s)
+                    found.oldest_flight_s = max(found.oldest_flight_s, self._now_s - sent_s)
 
     async def _newest(self, found: Evidence) -> None:
         """Of the newest dead letter, if the trainer has not heard of one itself."""
@@ -226,13 +231,12 @@ def served_by_all(workers: Sequence[WorkerSeen]) -> int | None:
     return min(versions) if versions and len(versions) == len(serving) else None
 
 
-async def read_workers(client: Any, keys: RunKeys) -> list[WorkerSeen]:
-    """Cards of the workers; one that cannot be read counts as no worker."""
-    now_s = time.time()
+async def read_workers(client: Any, keys: RunKeys, now_s: float) -> list[WorkerSeen]:
+    """Cards of the workers, at this time of Redis's clock; one that cannot be read counts as no worker."""
     found: list[WorkerSeen] = []
     for raw_id, text in (await client.hgetall(keys.workers)).items():
         try:
-            card = json.loads(text)
+            card = parse_json(text)
             servers = tuple(
                 CardServer(
                     name=str(s.get("name", "?")),

@@ -1,10 +1,10 @@
 """Stops a feed whose samples only fail: deaths, and torn or unusable groups in a row, without one success."""
 
-import json
 from collections import deque
 
 from rollfleet_common.errors import FailingError
 from rollfleet_common.messages import Kind, Tombstone
+from rollfleet_common.text import parse_json
 
 __all__ = ["Breaker", "failure_text"]
 
@@ -108,7 +108,7 @@ class Breaker:
 def failure_text(tombstone: Tombstone) -> str:
     """What a tombstone says of a failure: kind, detail and worker of the last attempt."""
     try:
-        record = json.loads(tombstone.detail)
+        record = parse_json(tombstone.detail)
         return f"{record['kind']}: {record['detail']} (worker {record['worker']})"
     except (ValueError, KeyError, TypeError):
         return tombstone.detail or tombstone.reason

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from rollfleet_common.errors import CodecError
 from rollfleet_common.messages import Rollout, Sample
+from rollfleet_common.text import parse_json
 
 __all__ = ["Form", "Forms", "merged"]
 
@@ -109,7 +110,7 @@ class Forms:
         if not text:
             return
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             arrays = {
                 str(name): Form(kind, str(dtype), tuple(int(n) for n in shape))
                 for name, (kind, dtype, shape) in raw["arrays"].items()
