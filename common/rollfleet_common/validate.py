@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rollfleet_common.codec import ARRAY_DTYPES, MAX_FLOAT, mask_runs, shape_fault
 from rollfleet_common.errors import InvalidSampleError, OversizeError
 from rollfleet_common.limits import Limits
-from rollfleet_common.messages import Bool, Float32, Int32, Sample, VersionSpans
+from rollfleet_common.messages import Bool, Float32, Int32, LogprobsKind, Sample, VersionSpans
 
 __all__ = ["AMBIGUOUS_LOGPROB", "LOGPROB_SLACK", "check_samples", "coerce_sample"]
 
@@ -31,6 +31,7 @@ AMBIGUOUS_LOGPROB = -9999.0
 _I4 = np.dtype(np.int32)
 _F4 = np.dtype(np.float32)
 _B1 = np.dtype(np.bool_)
+_KINDS = tuple(kind.value for kind in LogprobsKind)
 _INT32_MAX = 2**31 - 1
 
 
@@ -197,6 +198,12 @@ def _numbers_fault(s: Sample) -> str:
     reason = s.finish_reason
     if type(reason) is not str or not (reason.isascii() or _travels(reason)):
         return f"finish_reason is {_said(s.finish_reason)}, no text that travels"
+    if type(s.logprobs_kind) not in (str, LogprobsKind) or s.logprobs_kind not in _KINDS:
+        return f"logprobs_kind is {_said(s.logprobs_kind)}, not one of {', '.join(_KINDS)}"
+    if s.temperature is not None and not (_finite(s.temperature) and s.temperature >= 0):
+        return (
+            f"temperature is {_said(s.temperature)}, neither None nor a finite number of at least 0"
+        )
     return ""
 
 
@@ -271,6 +278,9 @@ def coerce_sample(
     arrays: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     finish_reason: str = "stop",
+    logprobs_kind: str = LogprobsKind.UNKNOWN,
+    temperature: float | None = None,
+    context_full: bool = False,
 ) -> Sample:
     """A sample from lists, tuples or arrays of other dtypes; nothing is rounded or cut.
 
@@ -284,6 +294,9 @@ def coerce_sample(
         arrays: Anything `numpy.asarray` takes, by name.
         metrics: Numbers by name.
         finish_reason: Why generation ended.
+        logprobs_kind: Which distribution `logprobs` are of, a value of :class:`LogprobsKind`.
+        temperature: Temperature that the tokens were sampled with.
+        context_full: Whether the server's context was full before `max_tokens`.
 
     Raises:
         InvalidSampleError: A field does not convert, by name. Whether the parts agree is for
@@ -299,6 +312,9 @@ def coerce_sample(
         arrays={k: _plain(f"arrays[{k!r}]", v) for k, v in (arrays or {}).items()},
         metrics={k: _number(f"metrics[{k!r}]", v) for k, v in (metrics or {}).items()},
         finish_reason=str(finish_reason),
+        logprobs_kind=logprobs_kind,
+        temperature=None if temperature is None else _number("temperature", temperature),
+        context_full=bool(context_full),
     )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, cast
@@ -17,7 +17,14 @@ from rollfleet_common.codec import decode_header, decode_samples, encode_header
 from rollfleet_common.errors import FailureKind
 from rollfleet_common.leases import AttemptFailure
 from rollfleet_common.limits import Limits
-from rollfleet_common.messages import Claim, PolicyVersion, Prompt, Sample, VersionSpans
+from rollfleet_common.messages import (
+    Claim,
+    LogprobsKind,
+    PolicyVersion,
+    Prompt,
+    Sample,
+    VersionSpans,
+)
 from rollfleet_common.streams import Delivery
 from rollfleet_common.validate import check_samples
 from rollfleet_engines.interface import Sampling
@@ -144,6 +151,14 @@ class Duck:
 
 T = 9  # tokens of an answer to five
 HOSTILE: dict[str, tuple[Any, str]] = {
+    "an unknown kind of logprobs": (
+        sample(logprobs_kind="odd"),
+        "logprobs_kind is 'odd', not one of",
+    ),
+    "a number for a kind": (sample(logprobs_kind=3), "logprobs_kind is 3, not one of"),
+    "a temperature that is text": (sample(temperature="1"), "temperature is '1', neither None"),
+    "a temperature below zero": (sample(temperature=-0.5), "temperature is -0.5, neither None"),
+    "an endless temperature": (sample(temperature=float("inf")), "temperature is inf, neither"),
     "an enum for finish_reason": (sample(finish_reason=Enum("E", "A").A), "finish_reason is a E"),
     "a number for finish_reason": (sample(finish_reason=3), "finish_reason is 3"),
     "a surrogate in a name": (sample(components={"\ud800": 1.0}), "components has the key"),
@@ -247,6 +262,25 @@ def test_what_is_delivered_says_in_its_header_what_is_in_its_payload(made: Any) 
     assert header.payload_bytes == len(delivery.payload)
     assert header.min_version == min(s.versions.oldest(s.loss_mask) for s in samples)
     assert header.max_version == max(s.versions.newest() for s in samples)
+
+
+def test_every_field_of_a_sample_arrives() -> None:
+    changed = {
+        "components": {"a": 1.0},
+        "arrays": {"x": np.arange(3)},
+        "metrics": {"m": 2.0},
+        "finish_reason": "length",
+        "logprobs_kind": LogprobsKind.PROCESSED.value,
+        "temperature": 0.5,
+        "context_full": True,
+    }
+    made = answer(prompt_of("g"), 3, **changed)
+    delivery = outcome_of(made)
+    assert isinstance(delivery, Delivery), delivery
+    (read,) = decode_samples(delivery.payload, LIMITS)
+    np.testing.assert_equal(asdict(read), asdict(made))
+    untouched = [f.name for f in fields(Sample) if getattr(read, f.name) is f.default]
+    assert not untouched, "fields that have their default prove nothing"
 
 
 @pytest.mark.leaves_keys("dead letters stay until they are purged", "rf:*:dead")

@@ -206,6 +206,9 @@ def _own(s: Sample) -> Sample:
         arrays=arrays,
         metrics=metrics,
         finish_reason=s.finish_reason,
+        logprobs_kind=s.logprobs_kind,
+        temperature=s.temperature,
+        context_full=s.context_full is True,
     )
 
 
