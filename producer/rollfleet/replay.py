@@ -9,7 +9,7 @@
   tells: it shows a rollback by a version that falls, or that is behind what an older epoch made.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -163,7 +163,14 @@ class Replay:
         """Nothing is submitted: the batches are recorded. `source` is not read."""
         self._check()
 
-    def publish(self, version: int | None = None, weights: str = "", **options: Any) -> int:
+    def publish(
+        self,
+        version: int | None = None,
+        weights: str = "",
+        *,
+        transfer: Callable[[int, str], object] | None = None,
+        load: Callable[[int, Sequence[str]], object] | None = None,
+    ) -> int:
         """Count the version on; no server is refitted.
 
         Raises:
