@@ -77,7 +77,7 @@ class Leases:
         poison: int = NEVER,
         suspects: int = 0,
     ) -> list[tuple[Claim | Garbage, int, str]]:
-        """Take over up to `count` leases that nobody renewed for `lease_ms`.
+        """Take over up to `count` leases that were not renewed for `lease_ms`.
 
         Args:
             streams: Of the same partition.
@@ -201,7 +201,7 @@ class Leases:
 async def quarantine(
     client: Any, keys: PartitionKeys, stream: str, group: str, garbage: Garbage
 ) -> None:
-    """Move an entry that nobody can read off `stream`, keeping its bytes as a dead letter."""
+    """Move a malformed entry from `stream` to the dead letters, with its bytes."""
     await scripts.quarantine(
         client, keys, stream=stream, group=group, entry=garbage.entry, why=garbage.why
     )

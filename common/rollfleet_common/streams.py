@@ -174,7 +174,7 @@ class Streams:
 
         Args:
             reader: The client whose connection may block; never cancel this call while it blocks,
-                or leases are granted to a reply that nobody reads.
+                or leases are granted in a reply that is discarded.
             worker: Who claims.
             routes: Streams to read.
             count: Leases wanted of each route.

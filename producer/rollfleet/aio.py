@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
 
-from rollfleet.batch import Batch
+from rollfleet.batch import Batch, check_collate
 from rollfleet.consume.evaluation import Evaluation
 from rollfleet.consume.payloads import Accept
 from rollfleet.consume.reader import BLOCK_MS
@@ -60,20 +60,8 @@ __all__ = ["AsyncFleet"]
 
 log = get_logger("rollfleet.trainer")
 
-#: What `collate` may say: options of :func:`rollfleet.collate`, and where tensors are to be.
-COLLATE_OPTIONS = frozenset(
-    [
-        "device",
-        "form",
-        "ids_dtype",
-        "max_bytes",
-        "missing",
-        "pad_id",
-        "pad_multiple",
-        "pad_side",
-        "pin",
-    ]
-)
+#: A feed has ended, and the trainer was handed nothing of it.
+NO_BATCH = "the feed has ended without one batch"
 #: How often deadlines are looked at.
 DEADLINE_S = 1.0
 #: How often the cards of the workers are looked at.
@@ -136,11 +124,7 @@ class AsyncFleet:
         #: model; an upper bound, 0 unless ``lost_batches="accept"``.
         self.lost_batches = 0
         self._collate = dict(collate or {})
-        if unknown := self._collate.keys() - COLLATE_OPTIONS:
-            raise SettingsError(
-                f"collate has {', '.join(sorted(unknown))}; its options are "
-                f"{', '.join(sorted(COLLATE_OPTIONS))}"
-            )
+        check_collate(self._collate)
         #: Decodes and collates, so that the loop goes on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollfleet-load")
         self._background = BackgroundTasks(self._wake)
@@ -196,7 +180,8 @@ class AsyncFleet:
                 # First: nothing is deleted of a run that a living trainer holds, and one that is
                 # taken over must not believe that Redis lost its run.
                 await self._tenure.claim()
-                await wipe(self._client, self.keys)
+                await self._tenure.while_held(wipe(self._client, self.keys))
+                await self._client.unlink(self.keys.board)
             await retry(
                 lambda: refuse_leftovers(self._client, self.keys, s.partitions),
                 what="look for prompts of an earlier release",
@@ -408,8 +393,8 @@ class AsyncFleet:
         s = self.settings
         want = s.batch if samples is None else samples
         batch = await self.gather.next(want, s.starve_s if timeout_s is None else timeout_s)
-        if batch is None and (said := await self.came_to_nothing()):
-            log.error(said)
+        if batch is None and (why := await self.why_no_batch()):
+            log.error(NO_BATCH, why=why)
         return batch
 
     async def batch_of(self, items: Sequence[Any], *, timeout_s: float | None = None) -> Batch:
@@ -557,20 +542,20 @@ class AsyncFleet:
             await settle(batch)
             done += 1
 
-    async def came_to_nothing(self) -> str:
+    async def why_no_batch(self) -> str:
         """Why not one batch came of what this trainer submitted; "" if it submitted nothing, or one did."""
         if not self.submitter.sent or self.commits.number != self.commits.first:
             return ""
-        return f"the feed has ended without one batch: {tell(await self._evidence())}"
+        return tell(await self._evidence())
 
     async def fed_something(self) -> None:
         """Raise if a feed of this trainer has ended, and not one batch came of it.
 
         Raises:
-            FailingError: With the counts of what became of the samples.
+            FailingError: The message counts the outcomes of the samples.
         """
-        if said := await self.came_to_nothing():
-            raise FailingError(said)
+        if why := await self.why_no_batch():
+            raise FailingError(f"{NO_BATCH}: {why}")
 
     def settler(self, commit: str) -> Callable[[Batch], Awaitable[None]]:
         """What a loop does with a batch when it comes back for the next."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollfleet.policy.metrics import BiasMeter
 from rollfleet.records import Group
+from rollfleet_common.errors import SettingsError
 from rollfleet_common.messages import NO_VERSION, Rollout
 
 if TYPE_CHECKING:
@@ -19,7 +20,35 @@ if TYPE_CHECKING:
     from rollfleet.tensors.micro_batches import MicroBatches
     from rollfleet.tensors.padded import TensorBatch
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "check_collate"]
+
+#: Options of :func:`rollfleet.collate`, and the `device` that tensors are to be on.
+_COLLATE_OPTIONS = frozenset(
+    [
+        "device",
+        "form",
+        "ids_dtype",
+        "max_bytes",
+        "missing",
+        "pad_id",
+        "pad_multiple",
+        "pad_side",
+        "pin",
+    ]
+)
+
+
+def check_collate(options: Mapping[str, Any]) -> None:
+    """Refuse what is no option of `collate`, long before a batch is collated.
+
+    Raises:
+        SettingsError: An option is unknown.
+    """
+    if unknown := options.keys() - _COLLATE_OPTIONS:
+        raise SettingsError(
+            f"collate has {', '.join(sorted(unknown))}; its options are "
+            f"{', '.join(sorted(_COLLATE_OPTIONS))}"
+        )
 
 
 @dataclass(eq=False)

@@ -91,7 +91,7 @@ class TrainerOptions(TypedDict, total=False):
     starve_s: Duration
     """Longest wait for a batch, in seconds, before :class:`StarvedError`. Default: 1800."""
     breaker_deaths: int
-    """Samples that die in a row, or groups that are torn in a row, after which the feed is stopped
+    """Samples that die in a row, or groups that are torn or unusable in a row, after which the feed is stopped
     with a :class:`FailingError`; 0 means never. Default: 200."""
     breaker_prompts: int
     """Distinct prompts over which these deaths must be spread. Default: 20."""
@@ -135,7 +135,7 @@ class TrainerOptions(TypedDict, total=False):
     """What to do if batches were committed after the checkpoint that is resumed from: refuse to open
     the run, or accept that no model has seen them. Default: ``"refuse"``."""
     fresh: bool
-    """Delete what the run holds and begin anew. Default: False."""
+    """Delete the run and start a new one under its name. Default: False."""
 
 
 def with_options(function: _Function) -> _Function:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rollfleet.batch import Batch
+from rollfleet.batch import Batch, check_collate
 from rollfleet.policy.checked import CheckedPolicy
 from rollfleet.policy.metrics import BiasMeter
 from rollfleet.policy.policies import Policy
@@ -73,6 +73,7 @@ class Replay:
         self.path = path
         self.version = int(state.get("version", 0))
         self._policy = None if policy is None else CheckedPolicy(policy)
+        check_collate(collate)
         self._collate = dict(collate)
         self._last = int(state.get("replayed", 0))
         self._closed = False

@@ -177,7 +177,9 @@ class TrainerSettings(Settings):
         description="What to do when batches were committed after the checkpoint that is resumed: "
         "refuse to open the run, or accept that no model has them.",
     )
-    fresh: bool = Field(default=False, description="Delete what the run holds, and begin anew.")
+    fresh: bool = Field(
+        default=False, description="Delete the run and start a new one under its name."
+    )
 
     @property
     def depth(self) -> int:

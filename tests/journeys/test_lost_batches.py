@@ -10,7 +10,12 @@ from fixtures.ranks import run_ranks
 from support import wait_until_async
 
 import rollfleet
+from rollfleet import aio
+from rollfleet.run import open_run
+from rollfleet_common.board import Board
 from rollfleet_common.errors import LostBatchesError
+from rollfleet_common.keys import RunKeys
+from rollfleet_common.redis import connect
 
 RUN = "lost"
 
@@ -223,3 +228,41 @@ async def test_options_of_collate_are_refused_at_once(redis_url: str) -> None:
         rollfleet.SettingsError, match=r"collate has devcie; its options are device"
     ):
         rollfleet.AsyncFleet(settings, collate={"devcie": "cuda"})
+
+
+async def test_a_fresh_start_that_takes_longer_than_a_lease_keeps_it(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed = 0
+    hold = Board.hold
+
+    async def counted(self: Board, token: str, lease_ms: int) -> None:
+        nonlocal renewed
+        await hold(self, token, lease_ms)
+        renewed += 1
+
+    async def slow(client: Any, keys: RunKeys) -> None:
+        await wait_until_async(lambda: renewed >= 3, "the lease to be renewed")
+        await open_run.wipe(client, keys)
+
+    monkeypatch.setattr(Board, "hold", counted)
+    monkeypatch.setattr(aio, "wipe", slow)
+    settings = rollfleet.TrainerSettings(
+        redis_url=redis_url, run=RUN, samples_per_version=8, lease_s=1.0, fresh=True
+    )
+    async with rollfleet.AsyncFleet(settings) as fleet:
+        assert (await fleet.books()).submitted == 0
+
+
+async def test_a_run_held_by_who_knows_whom_is_refused_in_printable_words(redis_url: str) -> None:
+    settings = rollfleet.TrainerSettings(
+        redis_url=redis_url, run=RUN, samples_per_version=8, lease_s=1.0
+    )
+    async with connect(redis_url, role="test") as client:
+        keys = RunKeys(RUN)
+        await client.set(keys.trainer, "another", ex=60)
+        await client.hset(keys.board, mapping={"token": "another", "who": b"\xff\x1b[2Jx"})
+        with pytest.raises(rollfleet.SettingsError, match="is held by trainer") as said:
+            await rollfleet.AsyncFleet(settings).open()
+        await client.delete(keys.trainer, keys.board)
+    assert str(said.value).isprintable()

@@ -68,3 +68,8 @@ def test_a_payload_that_is_no_bytes_is_an_error_that_names_its_row(
     path.write_bytes(b"".join(map(msgpack.packb, rows)))
     with pytest.raises(rollfleet.CodecError, match=r"d, row 1: .*payload is \w+, not bytes"):
         rollfleet.replay(path)
+
+
+def test_options_of_collate_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(rollfleet.SettingsError, match="collate has devcie"):
+        rollfleet.replay(recorded(tmp_path / "a", [(1, 1, [(1, 1)])]), collate={"devcie": "cuda"})

@@ -517,3 +517,8 @@ def test_a_workflow_beside_the_operator_is_found(
     assert type(load_workflow("mine_alone:Even")).__name__ == "Even"
     with pytest.raises(rollfleet.SettingsError, match=r"is not there: .*has no attribute 'Evn'"):
         load_workflow("mine_alone:Evn")
+    (tmp_path / "mine_broken.py").write_text("import os\nos.no_such\nclass Even: ...\n")
+    with pytest.raises(
+        rollfleet.SettingsError, match=r"importing it raised AttributeError: .*no_such"
+    ):
+        load_workflow("mine_broken:Even")

@@ -57,7 +57,7 @@ class RouteView:
     length: int
     pending: int
     delayed: int
-    #: The oldest entry that is leased, and that nobody read; empty: there is none.
+    #: The oldest entry that is leased, and the oldest that is unread; empty: there is none.
     oldest_pending: bytes
     oldest_unread: bytes
     #: When the first delayed prompt is due, in Unix ms; None: none waits.

@@ -57,7 +57,7 @@ async def claim(
     """Take the lease on a run, and shut its last trainer out."""
     reply = await _CLAIM(client, [k.trainer, k.board], [token, lease_ms, who, int(take_over)])
     if reply[0] == 0:
-        return Claimed(ok=False, holder=reply[1].decode(), left_ms=int(reply[2]))
+        return Claimed(ok=False, holder=printable(decoded(reply[1]), 200), left_ms=int(reply[2]))
     return Claimed(ok=True, last_committed=int(reply[1]))
 
 

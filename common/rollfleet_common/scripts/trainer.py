@@ -38,7 +38,7 @@ MEND_CHUNK = 1_000
 
 
 class Submitted(IntEnum):
-    """What became of one submitted group."""
+    """Outcome of submitting one group."""
 
     YES = 1
     #: The submission id was seen before; nothing was done.

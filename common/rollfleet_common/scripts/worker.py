@@ -44,7 +44,7 @@ LEASE_CHUNK = 1_000
 
 
 class Delivered(IntEnum):
-    """What became of one delivery."""
+    """Outcome of one delivery."""
 
     YES = 1
     #: There is no such lease: delivered before (a lost reply), or cancelled.
@@ -66,7 +66,7 @@ class Delivery:
 
 
 class Ended(IntEnum):
-    """What became of a lease that ended in failure."""
+    """Outcome of ending a lease in failure."""
 
     #: The prompt waits for its next attempt.
     DELAYED = 1
@@ -77,7 +77,7 @@ class Ended(IntEnum):
 
 
 class HandedBack(IntEnum):
-    """What became of a lease that was given back."""
+    """Outcome of giving a lease back."""
 
     YES = 1
     GONE = 0

@@ -134,8 +134,8 @@ def _delayed(s: Snapshot) -> Iterator[str]:
 
 
 def _flow(s: Snapshot) -> Iterator[str]:
-    """Which side is the bottleneck, where both sides are there."""
-    live = [w for w in s.workers if not w.lost]
+    """Which side is the bottleneck, where both sides are there and have servers that answer."""
+    live = [w for w in s.workers if not w.lost and w.state != "no-server"]
     if s.limit is None or not s.trainer or not live or s.paused_s:
         return
     slots, busy = sum(w.slots for w in live), sum(w.busy for w in live)

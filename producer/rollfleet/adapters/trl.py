@@ -45,7 +45,7 @@ __all__ = ["STATE_FILE", "TrlBridge", "callback", "fleet_settings", "load_state"
 
 log = get_logger("rollfleet.trainer")
 
-#: Metrics that nobody has fetched; more are dropped.
+#: Metrics kept until they are fetched; more are dropped.
 METRICS = 4096
 #: Of ``batch.stats``, what TRL's log is told.
 _TOLD = ("staleness_mean", "staleness_max", "wait_s", "outstanding", "ready")

@@ -151,7 +151,7 @@ class Leader:
         if groups is None:
             return Word(fleet.version)
         if not groups:
-            return Word(fleet.version, ended=True, nothing=await fleet.came_to_nothing())
+            return Word(fleet.version, ended=True, nothing=await fleet.why_no_batch())
         self._plan = await self._propose(groups, want)
         return Word(fleet.version, plan=self._plan.plan)
 

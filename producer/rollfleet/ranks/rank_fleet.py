@@ -13,6 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from rollfleet.aio import NO_BATCH
 from rollfleet.fleet import Fleet
 from rollfleet.ranks.collective import Collective
 from rollfleet.ranks.leader import Division, Leader
@@ -141,7 +142,7 @@ class RankFleet:
             batch = self.next_batch()
             if batch is None:
                 if self._nothing:
-                    raise FailingError(self._nothing)
+                    raise FailingError(f"{NO_BATCH}: {self._nothing}")
                 return
             yield batch
             settle(batch)

@@ -66,8 +66,12 @@ async def check(client: Any, s: TrainerSettings) -> None:
 
 
 async def wipe(client: Any, keys: RunKeys) -> None:
-    """Delete every key of a run but the trainer's lease and its operators' registered servers."""
-    spared = {keys.servers.encode(), keys.trainer.encode()}
+    """Delete every key of a run but the registered servers, which are its operators'.
+
+    The lease and the board, by which it is renewed, are spared as well: this may take longer than a
+    lease lasts.
+    """
+    spared = {name.encode() for name in (keys.servers, keys.trainer, keys.board)}
     for pattern in (f"{keys.prefix}*", f"rf:{{{keys.run}/*"):
         names = [
             name async for name in client.scan_iter(match=pattern, count=1000) if name not in spared
@@ -147,7 +151,7 @@ def check_lost(state: Mapping[str, Any], last_committed: int, s: TrainerSettings
         LostBatchesError: There are some, and `lost_batches` is "refuse".
     """
     if "batch" not in state:
-        if last_committed and not s.fresh:  # it takes the run wherever it is
+        if last_committed:  # it takes the run wherever it is
             log.warning(
                 "the run goes on, and no state was given: its committed batches are in no model that "
                 "starts anew",

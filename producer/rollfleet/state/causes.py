@@ -307,9 +307,10 @@ def _lost(e: Evidence) -> Iterator[Cause]:
 def _slow(e: Evidence) -> Iterator[Cause]:
     if e.oldest_flight_s < LONG_S or not e.books.in_flight or not e.workers:
         return
-    live = [worker for worker in e.workers if not worker.lost]
-    if any(worker.state == "no-server" for worker in live):
-        return  # which is the cause
+    # Where no server answers, that is the cause.
+    live = [worker for worker in e.workers if not worker.lost and worker.state != "no-server"]
+    if not live:
+        return
     asked = sum(server.in_flight for worker in live for server in worker.servers)
     if sum(worker.busy for worker in live) > asked:
         yield Cause(

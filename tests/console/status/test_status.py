@@ -379,3 +379,13 @@ async def test_watch_waits_for_a_redis_that_went_away(
         with pytest.raises(BrokerSetupError, match="no rights"):
             await watch.watch_run(run.client, "staged", 0.01)
         assert seen == ["staged"] * 4
+
+
+def test_workers_without_a_server_are_not_called_the_bottleneck() -> None:
+    waiting = Books(submitted=100, in_flight=64, waiting=36, outstanding=100)
+    cut_off = card(busy=64, state="no-server")
+    said = " ".join(explain(fleet(cut_off, books=waiting)))
+    assert "no inference server answers" in said
+    assert "bottleneck" not in said
+    both = explain(fleet(cut_off, card(id="w1", busy=64), books=waiting))
+    assert any("all 64 slots busy" in sentence for sentence in both)

@@ -1,6 +1,7 @@
 """Batches hold what the samples held, and padding can be told from it in every field."""
 
 import gc
+import inspect
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollfleet.batch import check_collate
 from rollfleet.tensors.collate import TensorBatch, collate, group_stats
 from rollfleet.tensors.memory import BlockPool
 from rollfleet.tensors.micro_batches import micro_batches
 from rollfleet_common.codec import encode_samples
-from rollfleet_common.errors import CodecError
+from rollfleet_common.errors import CodecError, SettingsError
 from rollfleet_common.messages import Header, Kind, Rollout, Sample, VersionSpans
 
 
@@ -385,3 +387,11 @@ def test_group_statistics_count_a_rollout_once() -> None:
     assert torch.allclose(stats.std, torch.tensor([2.0**0.5, 0.0]))
     assert group_stats(batch, correction=0).std.tolist() == [1.0, 0.0]
     assert stats.mean[batch.group_ids].tolist() == [2.0, 2.0, 2.0, 5.0, 2.0]
+
+
+def test_options_that_a_fleet_takes_are_those_of_collate() -> None:
+    names = [*inspect.signature(collate).parameters][1:]
+    check_collate(dict.fromkeys([*names, "device"]))
+    with pytest.raises(SettingsError) as said:
+        check_collate({"devcie": "cuda"})
+    assert str(said.value).endswith(", ".join(sorted([*names, "device"])))

@@ -175,19 +175,20 @@ def load_workflow(path: str) -> Workflow:
         sys.path.append(here)  # as `python -m` would; behind what is installed
     try:
         found: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
     except ImportError as exc:
         raise SettingsError(
             f"workflow {path!r} does not import: {exc}; it must be installed where the worker runs, or "
             "be on PYTHONPATH or in the working directory"
         ) from exc
-    except AttributeError as exc:
-        raise SettingsError(f"workflow {path!r} is not there: {exc}") from exc
     except Exception as exc:
         raise SettingsError(
             f"workflow {path!r}: importing it raised {type(exc).__name__}: {exc}"
         ) from exc
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError as exc:
+        raise SettingsError(f"workflow {path!r} is not there: {exc}") from exc
     if isinstance(found, type) or not hasattr(found, "run"):
         try:
             found = found()

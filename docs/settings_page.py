@@ -1,4 +1,4 @@
-"""docs/settings.md, made of the settings themselves: ``python -m rollfleet_console.settings_page``."""
+"""docs/settings.md, made of the settings themselves: ``python docs/settings_page.py``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ __all__ = ["page"]
 
 _HEAD = """# Settings
 
-<!-- Made by `python -m rollfleet_console.settings_page`; a test fails if it is not current. -->
+<!-- Made by `python docs/settings_page.py`; a test fails if it is not current. -->
 
 A value is taken from, in this order: the argument or flag, the environment variable, the TOML file that
 `--config` or `ROLLFLEET_CONFIG` names, the default. A name that is unknown is an error.
@@ -45,4 +45,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parents[2] / "docs" / "settings.md").write_text(page(), encoding="utf-8")
+    Path(__file__).with_suffix("").with_name("settings.md").write_text(page(), encoding="utf-8")
